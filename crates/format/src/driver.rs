@@ -1,0 +1,177 @@
+//! A format as a whole: probe, create, open, describe, check, change. And the list of formats.
+//!
+//! Not here: which file it is, locks, chains. The caller opens the bytes.
+
+use std::sync::Arc;
+
+use readonce_storage::{BoxFuture, ReadAt, Rt, Storage};
+
+use crate::{FormatError, Mapper, WritableMapper};
+
+/// Every format that readonce knows, in the order in which they are probed.
+pub fn drivers() -> &'static [&'static dyn Driver] {
+    &[]
+}
+
+/// The driver of that name (`qed`, `raw`).
+pub fn driver(name: &str) -> Option<&'static dyn Driver> {
+    drivers().iter().copied().find(|driver| driver.name() == name)
+}
+
+/// One `-o` option that a format takes at create: name, and qemu-img's help text for it.
+#[derive(Debug, Clone, Copy)]
+pub struct OptionSpec {
+    /// As typed before `=`.
+    pub name: &'static str,
+    /// One line of help.
+    pub help: &'static str,
+}
+
+/// What to create.
+#[derive(Debug, Clone, Default)]
+pub struct CreateSpec {
+    /// Bytes that the guest sees; the driver rounds up to 512.
+    pub size: u64,
+    /// The backing as it is to be stored.
+    pub backing: Option<BackingRef>,
+    /// `-o` options in order, without those that `size` and `backing` say; a bare option has no value.
+    pub options: Vec<(String, Option<String>)>,
+    /// The pinned version of the backing.
+    pub pin: Option<Pin>,
+}
+
+/// The backing as an image names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackingRef {
+    /// The stored name.
+    pub name: String,
+    /// The stored format; `None`: to be probed.
+    pub format: Option<String>,
+}
+
+/// The version of the backing that an image belongs to. Opaque here: `readonce-origin` reads it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pin {
+    /// The validator as `readonce-origin` encodes it; at most 1024 bytes.
+    pub validator: Vec<u8>,
+    /// Bytes of the backing's file.
+    pub len: u64,
+}
+
+/// What an image says of itself.
+#[derive(Debug, Clone)]
+pub struct Description {
+    /// Driver name.
+    pub format: &'static str,
+    /// Bytes that the guest sees.
+    pub virtual_size: u64,
+    /// Bytes; `None` for raw.
+    pub cluster_size: Option<u64>,
+    /// As stored.
+    pub backing: Option<BackingRef>,
+    /// The image's own copy-on-read default.
+    pub copy_on_read: bool,
+    /// The pinned version, if a valid record belongs to the stored backing name.
+    pub pin: Option<Pin>,
+    /// Whether only readonce wrote since the pin was set; meaningless without a pin.
+    pub only_readonce_wrote: bool,
+    /// Whether the image is marked as not closed clean.
+    pub dirty: bool,
+    /// Bytes of the header area still free for a longer backing name and record.
+    pub header_bytes_max: u64,
+}
+
+/// What `check` looks for, and mends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Repair {
+    /// Free leaked clusters only.
+    Leaks,
+    /// Mend everything.
+    All,
+}
+
+/// What a check found. Counts as in QEMU's ImageCheck.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CheckReport {
+    /// I/O errors that kept parts from being checked.
+    pub check_errors: u64,
+    /// Broken entries that remain.
+    pub corruptions: u64,
+    /// Leaked clusters that remain.
+    pub leaks: u64,
+    /// Broken entries mended.
+    pub corruptions_fixed: u64,
+    /// Leaked clusters freed.
+    pub leaks_fixed: u64,
+    /// Clusters that the guest's size spans.
+    pub total_clusters: u64,
+    /// Data clusters in use.
+    pub allocated_clusters: u64,
+    /// Data clusters not next to their guest predecessor.
+    pub fragmented_clusters: u64,
+    /// Where the image's last used cluster ends, if the format tells it.
+    pub image_end_offset: Option<u64>,
+}
+
+/// A change of what the header says, done at once and durably, on an image that nobody has open for writing.
+#[derive(Debug, Clone)]
+pub enum HeaderChange {
+    /// `amend -o copy_on_read`.
+    CopyOnRead(bool),
+    /// `rebase -u`: another backing name; the pin goes along only if given here.
+    Backing(Option<BackingRef>, Option<Pin>),
+    /// Pins an image that had no pin (first open for writing), or replaces it.
+    Pin(Pin),
+    /// `resize`: bytes; may only grow.
+    Size(u64),
+}
+
+/// A format.
+pub trait Driver: Send + Sync {
+    /// As in `-f`.
+    fn name(&self) -> &'static str;
+
+    /// Whether the first bytes of a file (up to 512) are of this format. Raw never says yes.
+    fn probe(&self, head: &[u8]) -> bool;
+
+    /// The `-o` options of create.
+    fn create_options(&self) -> &'static [OptionSpec];
+
+    /// Makes an image in `file`, which is emptied first. Nothing is written when the spec is not valid. Ends durable.
+    fn create<'a>(
+        &self,
+        file: &'a Arc<dyn Storage>,
+        spec: &'a CreateSpec,
+    ) -> BoxFuture<'a, Result<(), FormatError>>;
+
+    /// What the image says of itself.
+    fn describe<'a>(&self, file: &'a Arc<dyn ReadAt>) -> BoxFuture<'a, Result<Description, FormatError>>;
+
+    /// Opens for reading. Changes nothing.
+    fn open(&self, file: Arc<dyn ReadAt>) -> BoxFuture<'static, Result<Arc<dyn Mapper>, FormatError>>;
+
+    /// Opens for writing. Writes nothing until the first change. A dirty image is not repaired here beyond what reading it
+    /// needs: see [`WritableMapper::reclaim`].
+    fn open_writable(
+        &self,
+        file: Arc<dyn Storage>,
+        rt: Rt,
+    ) -> BoxFuture<'static, Result<Arc<dyn WritableMapper>, FormatError>>;
+
+    /// Checks. `Unsupported` for raw.
+    fn check<'a>(&self, file: &'a Arc<dyn ReadAt>) -> BoxFuture<'a, Result<CheckReport, FormatError>>;
+
+    /// Checks and repairs; the report tells the state after it.
+    fn repair<'a>(
+        &self,
+        file: &'a Arc<dyn Storage>,
+        repair: Repair,
+    ) -> BoxFuture<'a, Result<CheckReport, FormatError>>;
+
+    /// Changes the header.
+    fn change<'a>(
+        &self,
+        file: &'a Arc<dyn Storage>,
+        change: &'a HeaderChange,
+    ) -> BoxFuture<'a, Result<(), FormatError>>;
+}

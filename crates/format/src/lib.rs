@@ -1,0 +1,18 @@
+//! Image formats. A driver is a *mapper*: it says where a guest range lies, sets room aside, and links it.
+//!
+//! - `mapper`: the traits [`Mapper`] and [`WritableMapper`], and what they speak in.
+//! - `driver`: the trait [`Driver`] of a format as a whole, and the list of formats.
+//! - One folder for each format.
+//!
+//! A driver does metadata I/O only, through the byte traits of `readonce-storage`. It moves no guest data, knows
+//! nothing of copy-on-read, of origins or of exports.
+
+pub mod driver;
+pub mod error;
+pub mod mapper;
+
+pub use driver::Driver;
+pub use error::FormatError;
+pub use mapper::{
+    CommitMode, Durability, Extent, Geometry, Mapper, Mapping, Reservation, Room, WritableMapper,
+};

@@ -1,0 +1,2 @@
+//! readonce
+fn main() {}
