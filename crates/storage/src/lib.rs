@@ -9,6 +9,8 @@
 
 pub mod flat;
 pub mod runtime;
+pub mod sim;
 
 pub use flat::{BoxFuture, ReadAt, Storage};
 pub use runtime::{Moment, Rt, Runtime, TokioRuntime};
+pub use sim::SimFile;
