@@ -9,6 +9,8 @@ use std::{ops::Range, time::Duration};
 use bytes::Bytes;
 use readonce_storage::{BoxFuture, ReadAt};
 
+use crate::StatsSnapshot;
+
 /// How urgent a fetch is. Demand never queues behind the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Class {
@@ -78,4 +80,38 @@ pub trait Origin: ReadAt {
 
     /// Validator to pin, as `validator` encodes it.
     fn validator(&self) -> Vec<u8>;
+
+    /// What a person should be told about it, in the order found.
+    fn notes(&self) -> Vec<OriginNote> {
+        Vec::new()
+    }
+
+    /// The counters now.
+    fn stats(&self) -> StatsSnapshot {
+        StatsSnapshot::default()
+    }
+}
+
+/// Something about an origin that works, but that a person should know. `Display` is a warning's sentence.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OriginNote {
+    /// A file is not the same inode, or has another mtime, than when it was pinned.
+    #[error("the backing file may have changed since it was pinned: was {expected}, is {found}")]
+    MayHaveChanged {
+        /// The pinned validator.
+        expected: String,
+        /// The one found.
+        found: String,
+    },
+    /// Nothing but the length tells versions apart.
+    #[error(
+        "the server sends neither ETag nor Last-Modified: a changed file of the same length would go unseen"
+    )]
+    LengthOnly,
+    /// It could not be reached at open; every fetch tries again.
+    #[error("the backing cannot be reached now ({cause}): what is local can be read, the rest waits")]
+    NotReached {
+        /// The last failure in words.
+        cause: String,
+    },
 }
