@@ -2,15 +2,22 @@
 //!
 //! - `flat`: the byte traits, [`ReadAt`] and [`Storage`].
 //! - `runtime`: the one parameter through which time, randomness and spawning come in.
-//! - `local`: a file of this machine. `ring`: io_uring for what would block. `lock`: QEMU's image locks.
+//! - `local`: a file of this machine. `lock`: QEMU's image locks on it.
+//! - `engine`: how an operation that may wait is done. `ring`: the same, on io_uring.
 //! - `sim`: a simulated disk with power loss.
 //!
 //! Not here: formats, origins, anything that knows what the bytes mean.
 
+mod engine;
 pub mod flat;
+pub mod local;
+pub mod lock;
+mod ring;
 pub mod runtime;
 pub mod sim;
 
 pub use flat::{BoxFuture, ReadAt, Storage};
+pub use local::{FileIdentity, LocalFile, OpenMode};
+pub use lock::{Access, ImageLock, LockError};
 pub use runtime::{Moment, Rt, Runtime, TokioRuntime};
 pub use sim::SimFile;
