@@ -1,9 +1,33 @@
 //! What the guest sees: chain, copy-on-read, in-flight table, flush.
 //!
-//! - `device`: [`BlockDevice`], the trait that exports serve.
+//! - `device`: [`BlockDevice`], the trait that exports serve. - `disk`: the top of a chain as such a device.
+//! - `image`: a layer open for writing; `read`, `write`, `zero`, `fill`, `flush` are its waiting paths.
+//! - `inflight`: who changes which unit; a plain state machine.
+//! - `source`: what an image has behind it; `base`: a read-only layer; `lazy`: one that is opened when needed.
+//! - `status`: which layer holds a range.
 //!
 //! Not here: HTTP, the bits of a header, a wire protocol.
 
+pub mod base;
 pub mod device;
+pub mod disk;
+pub mod error;
+mod fill;
+pub mod flush;
+pub mod image;
+pub mod inflight;
+pub mod lazy;
+mod ranges;
+pub mod read;
+pub mod source;
+mod status;
+mod write;
+mod zero;
 
+pub use base::Base;
 pub use device::{BlockDevice, DeviceError, StatusExtent, ZeroMode};
+pub use disk::{Disk, Top};
+pub use error::LayerError;
+pub use image::{Image, ImageOptions};
+pub use lazy::Lazy;
+pub use source::Source;

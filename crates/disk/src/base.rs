@@ -1,0 +1,103 @@
+//! A base: a read-only layer of a chain, in any format, over any origin.
+//!
+//! Nothing is ever written here, and nothing is kept: the image above keeps what it wants.
+
+use std::{ops::Range, sync::Arc};
+
+use readonce_format::{Mapper, Mapping};
+use readonce_origin::{Class, Origin, Sink};
+use readonce_storage::BoxFuture;
+
+use crate::{
+    LayerError, StatusExtent,
+    source::{Source, sink_zeros},
+};
+
+/// A read-only layer.
+pub struct Base {
+    mapper: Arc<dyn Mapper>,
+    data: Arc<dyn Origin>,
+    backing: Option<Arc<dyn Source>>,
+}
+
+impl Base {
+    /// A layer that `mapper` maps onto `data`, above `backing`.
+    pub fn new(mapper: Arc<dyn Mapper>, data: Arc<dyn Origin>, backing: Option<Arc<dyn Source>>) -> Self {
+        Self { mapper, data, backing }
+    }
+
+    async fn fetch_range(&self, range: Range<u64>, class: Class, sink: Sink<'_>) -> Result<(), LayerError> {
+        let mut at = range.start;
+        while at < range.end {
+            let extent = match self.mapper.lookup_now(at, range.end - at) {
+                Some(extent) => extent?,
+                None => self.mapper.lookup(at, range.end - at).await?,
+            };
+            let part = at..at + extent.len;
+            match (extent.mapping, &self.backing) {
+                (Mapping::Data(offset), _) => {
+                    let mut shift = |from: u64, bytes| sink(from - offset + part.start, bytes);
+                    self.data.fetch(offset..offset + extent.len, class, &mut shift).await?;
+                }
+                (Mapping::Absent, Some(backing)) => {
+                    let end = backing.size().await?.clamp(part.start, part.end);
+                    if part.start < end {
+                        backing.fetch(part.start..end, class, sink).await?;
+                    }
+                    sink_zeros(end..part.end, sink);
+                }
+                (Mapping::Zero | Mapping::Absent, _) => sink_zeros(part.clone(), sink),
+            }
+            at = part.end;
+        }
+        Ok(())
+    }
+}
+
+impl Source for Base {
+    fn size(&self) -> BoxFuture<'_, Result<u64, LayerError>> {
+        Box::pin(std::future::ready(Ok(self.mapper.geometry().size)))
+    }
+
+    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Option<Result<(), LayerError>> {
+        let mut done = 0usize;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let extent = match self.mapper.lookup_now(at, (buf.len() - done) as u64)? {
+                Ok(extent) => extent,
+                Err(error) => return Some(Err(error.into())),
+            };
+            let part = &mut buf[done..done + extent.len as usize];
+            match (extent.mapping, &self.backing) {
+                (Mapping::Data(from), _) => {
+                    if let Err(error) = self.data.read_now(from, part)? {
+                        return Some(Err(error.into()));
+                    }
+                }
+                // A backing's end may be inside: left to the waiting call.
+                (Mapping::Absent, Some(_)) => return None,
+                (Mapping::Zero | Mapping::Absent, _) => part.fill(0),
+            }
+            done += extent.len as usize;
+        }
+        Some(Ok(()))
+    }
+
+    fn fetch<'a>(
+        &'a self,
+        range: Range<u64>,
+        class: Class,
+        sink: Sink<'a>,
+    ) -> BoxFuture<'a, Result<(), LayerError>> {
+        Box::pin(self.fetch_range(range, class, sink))
+    }
+
+    fn status(
+        &self,
+        offset: u64,
+        len: u64,
+        count_max: usize,
+    ) -> BoxFuture<'_, Result<Vec<StatusExtent>, LayerError>> {
+        Box::pin(crate::status::of(&*self.mapper, self.backing.as_deref(), None, offset, len, count_max))
+    }
+}

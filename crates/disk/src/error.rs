@@ -1,0 +1,61 @@
+//! Why a layer could not read, write or flush. Shared by all who waited for the same thing.
+
+use readonce_format::FormatError;
+use readonce_origin::FetchError;
+use readonce_storage::flat::is_no_space;
+
+use crate::DeviceError;
+
+/// An error of one layer of a chain.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum LayerError {
+    /// The image breaks its format's rules there; never tried again.
+    #[error("the image is corrupt: {0}")]
+    Corrupt(String),
+    /// The backing could not be read; this request fails, the next tries again.
+    #[error("{0}")]
+    Backing(#[from] FetchError),
+    /// The backing is not there for us: refused, not opened, or never to be asked (`--on-change=offline`).
+    #[error("{0}")]
+    NoBacking(String),
+    /// A local read failed; this request fails.
+    #[error("{0}")]
+    Io(String),
+    /// No room in the image's file system; this request fails.
+    #[error("{0}")]
+    NoSpace(String),
+    /// An earlier write or sync of the image failed: writes and flushes fail until it is opened again.
+    #[error("writes are off since an earlier failure: {0}")]
+    Latched(String),
+}
+
+impl From<FormatError> for LayerError {
+    fn from(error: FormatError) -> Self {
+        match error {
+            FormatError::Corrupt { .. } => Self::Corrupt(error.to_string()),
+            FormatError::NoSpace(_) => Self::NoSpace(error.to_string()),
+            FormatError::Io(error) => error.into(),
+            FormatError::Unsupported(_) | FormatError::Invalid(_) => Self::Io(error.to_string()),
+        }
+    }
+}
+
+impl From<std::io::Error> for LayerError {
+    fn from(error: std::io::Error) -> Self {
+        // An origin's read carries its own error inside: keep what it says the caller can do.
+        match error.get_ref().and_then(|inner| inner.downcast_ref::<FetchError>()) {
+            Some(fetch) => Self::Backing(fetch.clone()),
+            None if is_no_space(&error) => Self::NoSpace(error.to_string()),
+            None => Self::Io(error.to_string()),
+        }
+    }
+}
+
+impl From<LayerError> for DeviceError {
+    fn from(error: LayerError) -> Self {
+        match error {
+            LayerError::NoSpace(text) => Self::NoSpace(text),
+            other => Self::Io(other.to_string()),
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! Durability: flush rounds, groups of fills, settling, closing.
+//!
+//! - A flush first completes the units that were written in part, then lets the format order data and links, then syncs.
+//! - Flushes at the same time share a round: one that arrives while a round runs is served by the next.
+//! - What was committed without a flush is linked in groups: at [`GROUP_BYTES_MAX`], or [`GROUP_MS_MAX`] after its first.
+//! - An image that was idle for [`SETTLE_MS`] loses its dirty mark.
+
+use std::{
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    time::Duration,
+};
+
+use readonce_format::{Durability, Reservation};
+use readonce_origin::Class;
+
+use crate::{
+    LayerError,
+    image::Image,
+    inflight::{Fetch, Store},
+};
+
+/// Bytes of data that one group links at most before it is closed.
+pub const GROUP_BYTES_MAX: u64 = 32 << 20;
+/// How long a group stays open, milliseconds: what a kill may cost in fills.
+pub const GROUP_MS_MAX: u64 = 500;
+/// How long nothing must have been allocated before the dirty mark is taken off, milliseconds; QEMU's QED timer is as long.
+pub const SETTLE_MS: u64 = 5_000;
+
+/// The shared state of flushes and groups.
+#[derive(Default)]
+pub(crate) struct Rounds {
+    running: tokio::sync::Mutex<()>,
+    /// Tickets handed out, and the highest that a finished round has served.
+    asked: AtomicU64,
+    served: AtomicU64,
+    /// A group is open and its timer runs.
+    group_open: AtomicBool,
+    /// Commits so far.
+    commits: AtomicU64,
+    closing: AtomicBool,
+}
+
+impl Image {
+    /// Makes every write that completed before the call durable.
+    pub async fn flush(&self) -> Result<(), LayerError> {
+        let ticket = self.rounds.asked.fetch_add(1, Ordering::AcqRel) + 1;
+        let _round = self.rounds.running.lock().await;
+        if self.rounds.served.load(Ordering::Acquire) >= ticket {
+            return Ok(());
+        }
+        let serves = self.rounds.asked.load(Ordering::Acquire);
+        self.flush_round().await?;
+        self.rounds.served.store(serves, Ordering::Release);
+        Ok(())
+    }
+
+    async fn flush_round(&self) -> Result<(), LayerError> {
+        self.check_latch()?;
+        let work = self.table().begin_flush();
+        self.start_flush_work(work.fetches, work.stores);
+        let mut failure = None;
+        for told in work.waits {
+            if let Ok(Err(error)) = told.await {
+                failure = Some(error);
+            }
+        }
+        // What is complete becomes durable even where something else could not be had.
+        self.mapper.flush(Durability::Durable).await.map_err(|error| self.failed(error))?;
+        self.check_latch()?;
+        match failure {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn start_flush_work(&self, fetches: Vec<Fetch>, stores: Vec<Store<Reservation>>) {
+        for fetch in fetches {
+            self.start_fetch(fetch, Class::Demand);
+        }
+        for store in stores {
+            self.start_store(store);
+        }
+    }
+
+    /// Told after each commit: opens a group, or closes a full one.
+    pub(crate) fn note_commit(&self) {
+        self.rounds.commits.fetch_add(1, Ordering::AcqRel);
+        let full = self.mapper.unlinked_bytes() >= GROUP_BYTES_MAX;
+        let opened = !self.rounds.group_open.swap(true, Ordering::AcqRel);
+        if opened {
+            let image = self.shared();
+            self.rt.spawn(Box::pin(async move { image.group_timer().await }));
+        } else if full {
+            let image = self.shared();
+            self.rt.spawn(Box::pin(async move { image.close_group().await }));
+        }
+    }
+
+    async fn group_timer(&self) {
+        self.rt.sleep(Duration::from_millis(GROUP_MS_MAX)).await;
+        self.rounds.group_open.store(false, Ordering::Release);
+        let commits = self.rounds.commits.load(Ordering::Acquire);
+        self.close_group().await;
+        self.rt.sleep(Duration::from_millis(SETTLE_MS)).await;
+        let idle = self.rounds.commits.load(Ordering::Acquire) == commits;
+        if idle && self.check_latch().is_ok() && !self.rounds.closing.load(Ordering::Acquire) {
+            let _round = self.rounds.running.lock().await;
+            if let Err(error) = self.mapper.settle().await {
+                tracing::warn!("the dirty mark stays: {}", self.failed(error));
+            }
+        }
+    }
+
+    async fn close_group(&self) {
+        if self.check_latch().is_err() || self.rounds.closing.load(Ordering::Acquire) {
+            return;
+        }
+        let _round = self.rounds.running.lock().await;
+        if let Err(error) = self.mapper.flush(Durability::Linked).await {
+            tracing::warn!("fills not linked: {}", self.failed(error));
+        }
+    }
+
+    /// Ends all use: flushes, then closes the image clean. No guest request may be under way.
+    ///
+    /// # Errors
+    /// Guest bytes that could not be saved are named; the image keeps its dirty mark then.
+    pub async fn close(&self, wait_max: Duration) -> Result<(), LayerError> {
+        let gone = LayerError::NoBacking("the image is being closed".into());
+        self.table().abandon_fetches(&gone);
+        let flushed = readonce_storage::runtime::timeout(&self.rt, wait_max, self.flush()).await;
+        self.rounds.closing.store(true, Ordering::Release);
+        loop {
+            let told = self.table().wait_local();
+            let Some(told) = told else { break };
+            let _ = told.await;
+        }
+        let unsaved = self.table().guest_ranges();
+        let cause = match flushed {
+            Ok(Ok(())) if unsaved.is_empty() => {
+                let _round = self.rounds.running.lock().await;
+                return self.mapper.close().await.map_err(|error| self.failed(error));
+            }
+            Ok(Ok(())) => "written during shutdown".to_owned(),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("not done after {} s", wait_max.as_secs()),
+        };
+        let ranges: Vec<String> =
+            unsaved.iter().map(|range| format!("{:#x}..{:#x}", range.start, range.end)).collect();
+        match ranges.is_empty() {
+            true => Err(LayerError::Io(cause)),
+            false => Err(LayerError::Io(format!("could not save guest bytes {}: {cause}", ranges.join(", ")))),
+        }
+    }
+}

@@ -1,0 +1,596 @@
+//! In-flight table: which fill unit is being changed, by whom, and what is known of its bytes so far.
+//!
+//! - A unit has at most one entry, and whoever owns the entry is the only one to change the unit's mapping.
+//! - An entry is `Fetching` (bytes come from the backing), `Held` (a fetch failed and guest bytes must be kept),
+//!   `Storing` (all bytes known, being put into the image) or `Writing` (a guest write of the whole unit; local I/O only).
+//! - Guest bytes go over fetched bytes, never the reverse: a fetched piece fills only what is not known yet.
+//! - A guest write of a whole unit takes over a fetch; the late bytes of that fetch find another owner and are dropped.
+//! - A guest's write into a unit being fetched is *absorbed* and completes without the network. An entry with guest bytes
+//!   holds room in the image, taken before the write completes, and ends only by being stored.
+//! - A waiter is told in the order in which it came, at the moment its own bytes are known.
+//! - At most [`FETCH_BYTES_MAX`] of units without and [`GUEST_BYTES_MAX`] of units with guest bytes are in flight (but
+//!   always one); beyond, callers wait in order.
+//!
+//! Deciding only: nothing here does I/O or knows the time. Not here: what owners do (`fill`, `write`), durability (`flush`).
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    ops::Range,
+};
+
+use bytes::Bytes;
+use tokio::sync::oneshot;
+
+use crate::{error::LayerError, ranges::RangeSet};
+
+/// Bytes of units in flight without guest bytes. 64 MiB: at 40 ms it is what a 12 Gbit/s link holds.
+pub const FETCH_BYTES_MAX: u64 = 64 << 20;
+/// Bytes of units in flight with guest bytes, which stay in memory while the origin is away.
+pub const GUEST_BYTES_MAX: u64 = 64 << 20;
+/// A known stretch inside a unit up to this long is fetched again rather than cut a request in two: a request costs a
+/// round trip's share, 64 KiB cost 5 ms at 100 Mbit/s.
+pub const GAP_MERGE_BYTES_MAX: u64 = 64 << 10;
+
+/// One fetch; pieces and the end of a fetch name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FetchId(u64);
+
+/// What a waiting reader is told.
+#[derive(Debug)]
+pub enum Delivery {
+    /// The bytes that it asked for.
+    Bytes(Bytes),
+    /// Look again: the unit was written meanwhile.
+    Retry,
+    /// They cannot be had.
+    Failed(LayerError),
+}
+
+/// A fetch that the caller must start.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Fetch {
+    /// Its name.
+    pub id: FetchId,
+    /// Units that it serves.
+    pub units: Range<u64>,
+    /// Guest byte ranges to ask of the backing, in order.
+    pub wanted: Vec<Range<u64>>,
+}
+
+/// A unit that the caller must put into the image, then report with [`InFlight::stored`].
+#[derive(Debug)]
+pub struct Store<R> {
+    /// Which unit.
+    pub unit: u64,
+    /// All its bytes.
+    pub bytes: Bytes,
+    /// Room that was set aside when the first guest byte came; `None` for a plain fill.
+    pub room: Option<R>,
+}
+
+/// Answer to a read.
+pub enum Read {
+    /// Nothing is in flight for the unit.
+    Free,
+    /// The bytes.
+    Known(Bytes),
+    /// They come; a fetch may have to be started.
+    Wait(oneshot::Receiver<Delivery>, Option<Fetch>),
+}
+
+/// Answer to a write.
+pub enum Write<R> {
+    /// Nothing is in flight for the unit.
+    Free,
+    /// The bytes are in; the unit may be ready to be stored.
+    Absorbed(Option<Store<R>>),
+    /// The unit is being fetched and holds no room yet: prepare some, [`InFlight::attach`] it, write again.
+    NeedsRoom,
+    /// The fetch was taken over: the unit is `Writing` and the caller's until [`InFlight::end_write`].
+    TakenOver,
+    /// Another owner does local I/O: wait, then look again.
+    Wait(oneshot::Receiver<()>),
+}
+
+/// Which bound a unit counts against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Budget {
+    /// [`FETCH_BYTES_MAX`].
+    Fetch,
+    /// [`GUEST_BYTES_MAX`].
+    Guest,
+}
+
+/// What became of a store.
+pub enum Stored<R> {
+    /// It is in the image.
+    Linked,
+    /// A plain fill could not be stored; its bytes are let go.
+    Dropped,
+    /// Guest bytes could not be stored: they stay, with their room.
+    Kept(LayerError, Option<R>),
+}
+
+/// What a flush waits for, and what it must start.
+pub struct FlushWork<R> {
+    /// Told when each unit with guest bytes has ended.
+    pub waits: Vec<oneshot::Receiver<Result<(), LayerError>>>,
+    /// Fetches to start again.
+    pub fetches: Vec<Fetch>,
+    /// Stores to start again.
+    pub stores: Vec<Store<R>>,
+}
+
+/// The table. `R` is the room that the image sets aside for a unit.
+pub struct InFlight<R> {
+    unit_bytes: u64,
+    entries: BTreeMap<u64, Entry<R>>,
+    fetch_next: u64,
+    fetch_bytes: u64,
+    guest_bytes: u64,
+    room_waiters: VecDeque<oneshot::Sender<Result<(), LayerError>>>,
+}
+
+struct Entry<R> {
+    state: State,
+    /// The unit's bytes; meaningful where `known` says so. Empty while `Storing` or `Writing`.
+    bytes: Vec<u8>,
+    /// Offsets inside the unit.
+    known: RangeSet,
+    /// Some bytes are a guest's: the entry must not end without being stored.
+    guest: bool,
+    /// Against which bound the unit's bytes count; a `Writing` unit holds none here.
+    counted: Option<Budget>,
+    room: Option<R>,
+    readers: Vec<Reader>,
+    local_waiters: Vec<oneshot::Sender<()>>,
+    flush_waiters: Vec<oneshot::Sender<Result<(), LayerError>>>,
+}
+
+enum State {
+    Fetching(FetchId),
+    Held,
+    Storing(Bytes),
+    Writing,
+}
+
+struct Reader {
+    /// Offsets inside the unit.
+    range: Range<u64>,
+    tell: oneshot::Sender<Delivery>,
+}
+
+impl<R> InFlight<R> {
+    /// An empty table for units of `unit_bytes`.
+    pub fn new(unit_bytes: u64) -> Self {
+        Self {
+            unit_bytes,
+            entries: BTreeMap::new(),
+            fetch_next: 0,
+            fetch_bytes: 0,
+            guest_bytes: 0,
+            room_waiters: VecDeque::new(),
+        }
+    }
+
+    /// Whether nothing is in flight at all.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Units in flight.
+    pub fn count(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Lets go of every fetch without guest bytes, at shutdown; its readers fail with `error`. Late bytes find nobody.
+    pub fn abandon_fetches(&mut self, error: &LayerError) {
+        let plain = |entry: &Entry<R>| matches!(entry.state, State::Fetching(_)) && !entry.guest;
+        let units: Vec<u64> =
+            self.entries.iter().filter(|(_, entry)| plain(entry)).map(|(&unit, _)| unit).collect();
+        for unit in units {
+            if let Some(entry) = self.entries.get_mut(&unit) {
+                for reader in entry.readers.drain(..) {
+                    let _ = reader.tell.send(Delivery::Failed(error.clone()));
+                }
+            }
+            self.remove(unit);
+        }
+    }
+
+    /// Told when some unit with local I/O under way has ended; `None` if there is none.
+    pub fn wait_local(&mut self) -> Option<oneshot::Receiver<()>> {
+        let entry =
+            self.entries.values_mut().find(|entry| matches!(entry.state, State::Storing(_) | State::Writing))?;
+        let (tell, told) = oneshot::channel();
+        entry.local_waiters.push(tell);
+        Some(told)
+    }
+
+    /// Whether an entry exists for `unit`.
+    pub fn is_busy(&self, unit: u64) -> bool {
+        self.entries.contains_key(&unit)
+    }
+
+    /// Whether the unit holds guest bytes that the map does not show yet.
+    pub fn holds_guest_bytes(&self, unit: u64) -> bool {
+        self.entries.get(&unit).is_some_and(|entry| entry.guest)
+    }
+
+    /// Guest ranges of units that hold guest bytes: what a shutdown could not save.
+    pub fn guest_ranges(&self) -> Vec<Range<u64>> {
+        let unit = self.unit_bytes;
+        let mut set = RangeSet::default();
+        for (&index, _) in self.entries.iter().filter(|(_, entry)| entry.guest) {
+            set.insert(index * unit..(index + 1) * unit);
+        }
+        let Some(end) = self.entries.keys().next_back().map(|last| (last + 1) * unit) else { return Vec::new() };
+        let mut full = RangeSet::default();
+        for gap in set.gaps(0..end) {
+            full.insert(gap);
+        }
+        full.gaps(0..end)
+    }
+
+    /// Whether another unit may come in flight; else who to wait on. The waiter may find the room taken again.
+    pub fn admit(&mut self, budget: Budget) -> Result<(), oneshot::Receiver<Result<(), LayerError>>> {
+        let (used, max) = match budget {
+            Budget::Guest => (self.guest_bytes, GUEST_BYTES_MAX),
+            Budget::Fetch => (self.fetch_bytes, FETCH_BYTES_MAX),
+        };
+        if used == 0 || used + self.unit_bytes <= max {
+            return Ok(());
+        }
+        let (tell, told) = oneshot::channel();
+        self.room_waiters.push_back(tell);
+        Err(told)
+    }
+
+    /// Bytes `range` (inside the unit) of `unit`.
+    pub fn read(&mut self, unit: u64, range: Range<u64>) -> Read {
+        let unit_bytes = self.unit_bytes;
+        let id = FetchId(self.fetch_next);
+        let Some(entry) = self.entries.get_mut(&unit) else { return Read::Free };
+        if let Some(bytes) = entry.known_bytes(&range) {
+            return Read::Known(bytes);
+        }
+        let fetch = matches!(entry.state, State::Held).then(|| entry.refetch(id, unit, unit_bytes));
+        if fetch.is_some() {
+            self.fetch_next += 1;
+        }
+        let (tell, told) = oneshot::channel();
+        entry.readers.push(Reader { range, tell });
+        Read::Wait(told, fetch)
+    }
+
+    /// Begins to fetch `units`, none of which is in flight. Bytes from guest offset `backing_end` on are zeros that need
+    /// no fetch.
+    pub fn begin_fetch(&mut self, units: Range<u64>, backing_end: u64) -> Fetch {
+        assert!(!units.is_empty());
+        let id = FetchId(self.fetch_next);
+        self.fetch_next += 1;
+        for unit in units.clone() {
+            let entry = Entry::fetching(id, unit, self.unit_bytes, backing_end, Budget::Fetch);
+            self.fetch_bytes += self.unit_bytes;
+            self.insert(unit, entry);
+        }
+        let start = units.start * self.unit_bytes;
+        let end = (units.end * self.unit_bytes).min(backing_end);
+        assert!(start < end, "a fetch past the backing's end");
+        Fetch { id, units, wanted: vec![start..end] }
+    }
+
+    /// Adds the next unit, which is not in flight, to a fetch that was begun under this same lock. `false`: it cannot take it.
+    pub fn extend_fetch(&mut self, fetch: &mut Fetch, backing_end: u64) -> bool {
+        let unit = fetch.units.end;
+        let start = unit * self.unit_bytes;
+        let joins = fetch.wanted.last().is_some_and(|last| last.end == start);
+        if !joins || start >= backing_end {
+            return false;
+        }
+        let entry = Entry::fetching(fetch.id, unit, self.unit_bytes, backing_end, Budget::Fetch);
+        self.fetch_bytes += self.unit_bytes;
+        self.insert(unit, entry);
+        fetch.units.end += 1;
+        if let Some(last) = fetch.wanted.last_mut() {
+            last.end = (start + self.unit_bytes).min(backing_end);
+        }
+        true
+    }
+
+    /// A piece of a fetch: `data` for guest offset `offset`. Returns the units that are complete now.
+    pub fn fetched(&mut self, id: FetchId, offset: u64, data: &[u8]) -> Vec<Store<R>> {
+        let mut ready = Vec::new();
+        let mut done = 0usize;
+        while done < data.len() {
+            let at = offset + done as u64;
+            let (unit, from) = (at / self.unit_bytes, at % self.unit_bytes);
+            let count = usize::try_from(self.unit_bytes - from).unwrap_or(usize::MAX).min(data.len() - done);
+            let piece = &data[done..done + count];
+            done += count;
+            let Some(entry) = self.entries.get_mut(&unit) else { continue };
+            // Another owner, or another fetch: these bytes are late.
+            if !matches!(entry.state, State::Fetching(owner) if owner == id) {
+                continue;
+            }
+            entry.fill_gaps(from, piece);
+            entry.tell_readers();
+            ready.extend(entry.store_if_complete(unit, self.unit_bytes));
+        }
+        ready
+    }
+
+    /// A fetch has ended: units that it left incomplete fail, but guest bytes are kept.
+    pub fn fetch_ended(&mut self, fetch: &Fetch, error: Option<LayerError>) {
+        for unit in fetch.units.clone() {
+            let Some(entry) = self.entries.get_mut(&unit) else { continue };
+            if !matches!(entry.state, State::Fetching(owner) if owner == fetch.id) {
+                continue;
+            }
+            let error = error.clone().expect("a fetch that succeeds completes each unit that is still its own");
+            for reader in entry.readers.drain(..) {
+                let _ = reader.tell.send(Delivery::Failed(error.clone()));
+            }
+            if entry.guest {
+                entry.state = State::Held;
+                for waiter in entry.flush_waiters.drain(..) {
+                    let _ = waiter.send(Err(error.clone()));
+                }
+                // Whoever waits for this memory would wait for ever.
+                for waiter in self.room_waiters.drain(..) {
+                    let _ = waiter.send(Err(error.clone()));
+                }
+            } else {
+                self.remove(unit);
+            }
+        }
+    }
+
+    /// Writes `data` at `from` inside `unit`.
+    pub fn write(&mut self, unit: u64, from: u64, data: &[u8]) -> Write<R> {
+        let unit_bytes = self.unit_bytes;
+        let whole = data.len() as u64 == unit_bytes;
+        let Some(entry) = self.entries.get_mut(&unit) else { return Write::Free };
+        match entry.state {
+            State::Storing(_) | State::Writing => {
+                let (tell, told) = oneshot::channel();
+                entry.local_waiters.push(tell);
+                Write::Wait(told)
+            }
+            // Without guest bytes there is nothing to lose should the write fail.
+            State::Fetching(_) if whole && !entry.guest => {
+                self.fetch_bytes -= unit_bytes;
+                entry.state = State::Writing;
+                entry.counted = None;
+                entry.bytes = Vec::new();
+                Write::TakenOver
+            }
+            State::Fetching(_) | State::Held if entry.room.is_none() => Write::NeedsRoom,
+            State::Fetching(_) | State::Held => {
+                if !entry.guest {
+                    entry.guest = true;
+                    entry.counted = Some(Budget::Guest);
+                    self.fetch_bytes -= unit_bytes;
+                    self.guest_bytes += unit_bytes;
+                }
+                entry.overwrite(from, data);
+                entry.tell_readers();
+                let store = entry.store_if_complete(unit, unit_bytes);
+                Write::Absorbed(store)
+            }
+        }
+    }
+
+    /// Gives a unit that is being fetched its room, before the first guest byte. Returned if it cannot take it: look again.
+    pub fn attach(&mut self, unit: u64, room: R) -> Result<(), R> {
+        match self.entries.get_mut(&unit) {
+            Some(entry) if matches!(entry.state, State::Fetching(_) | State::Held) && entry.room.is_none() => {
+                entry.room = Some(room);
+                Ok(())
+            }
+            _ => Err(room),
+        }
+    }
+
+    /// Begins an entry for a guest's write into a part of an absent unit that is not in flight. Returns the fetch of the
+    /// other bytes, or the store where no byte of the backing is needed.
+    pub fn begin_guest(
+        &mut self,
+        unit: u64,
+        room: R,
+        from: u64,
+        data: &[u8],
+        backing_end: u64,
+    ) -> (Option<Fetch>, Option<Store<R>>) {
+        let id = FetchId(self.fetch_next);
+        self.fetch_next += 1;
+        let mut entry = Entry::fetching(id, unit, self.unit_bytes, backing_end, Budget::Guest);
+        entry.guest = true;
+        entry.room = Some(room);
+        entry.overwrite(from, data);
+        self.guest_bytes += self.unit_bytes;
+        let store = entry.store_if_complete(unit, self.unit_bytes);
+        let fetch = store.is_none().then(|| entry.refetch(id, unit, self.unit_bytes));
+        self.insert(unit, entry);
+        (fetch, store)
+    }
+
+    /// Makes the caller the owner of `unit`, which is not in flight, for local I/O.
+    pub fn begin_write(&mut self, unit: u64) {
+        self.insert(unit, Entry::new(State::Writing, Vec::new(), None));
+    }
+
+    /// Ends what `begin_write` or a take-over began.
+    pub fn end_write(&mut self, unit: u64) {
+        let entry = self.entries.get(&unit).expect("an owner ends what it began");
+        assert!(matches!(entry.state, State::Writing), "only the writer ends its write");
+        self.remove(unit);
+    }
+
+    /// A store has ended.
+    pub fn stored(&mut self, unit: u64, outcome: Stored<R>) {
+        let entry = self.entries.get_mut(&unit).expect("a storing unit stays until it is stored");
+        let State::Storing(bytes) = &entry.state else { panic!("unit {unit} is stored once") };
+        match outcome {
+            Stored::Linked => self.remove(unit),
+            Stored::Dropped => {
+                assert!(!entry.guest, "guest bytes are never dropped");
+                self.remove(unit);
+            }
+            Stored::Kept(error, room) => {
+                assert!(entry.guest);
+                entry.bytes = bytes.to_vec();
+                entry.state = State::Held;
+                entry.room = room;
+                for waiter in entry.flush_waiters.drain(..) {
+                    let _ = waiter.send(Err(error.clone()));
+                }
+                for waiter in entry.local_waiters.drain(..) {
+                    let _ = waiter.send(());
+                }
+                for waiter in self.room_waiters.drain(..) {
+                    let _ = waiter.send(Err(error.clone()));
+                }
+            }
+        }
+    }
+
+    /// What a flush must wait for: every unit with guest bytes. What had failed is started again.
+    pub fn begin_flush(&mut self) -> FlushWork<R> {
+        let mut work = FlushWork { waits: Vec::new(), fetches: Vec::new(), stores: Vec::new() };
+        for (&unit, entry) in self.entries.iter_mut().filter(|(_, entry)| entry.guest) {
+            let (tell, told) = oneshot::channel();
+            entry.flush_waiters.push(tell);
+            work.waits.push(told);
+            if matches!(entry.state, State::Held) {
+                if let Some(store) = entry.store_if_complete(unit, self.unit_bytes) {
+                    work.stores.push(store);
+                } else {
+                    work.fetches.push(entry.refetch(FetchId(self.fetch_next), unit, self.unit_bytes));
+                    self.fetch_next += 1;
+                }
+            }
+        }
+        work
+    }
+
+    fn insert(&mut self, unit: u64, entry: Entry<R>) {
+        let before = self.entries.insert(unit, entry);
+        assert!(before.is_none(), "unit {unit} has an owner already");
+    }
+
+    fn remove(&mut self, unit: u64) {
+        let Some(entry) = self.entries.remove(&unit) else { return };
+        match entry.counted {
+            Some(Budget::Guest) => self.guest_bytes -= self.unit_bytes,
+            Some(Budget::Fetch) => self.fetch_bytes -= self.unit_bytes,
+            None => {}
+        }
+        for reader in entry.readers {
+            let _ = reader.tell.send(Delivery::Retry);
+        }
+        for waiter in entry.local_waiters {
+            let _ = waiter.send(());
+        }
+        for waiter in entry.flush_waiters {
+            let _ = waiter.send(Ok(()));
+        }
+        for waiter in self.room_waiters.drain(..) {
+            let _ = waiter.send(Ok(()));
+        }
+    }
+}
+
+impl<R> Entry<R> {
+    fn new(state: State, bytes: Vec<u8>, counted: Option<Budget>) -> Self {
+        Self {
+            state,
+            bytes,
+            known: RangeSet::default(),
+            guest: false,
+            counted,
+            room: None,
+            readers: Vec::new(),
+            local_waiters: Vec::new(),
+            flush_waiters: Vec::new(),
+        }
+    }
+
+    fn fetching(id: FetchId, unit: u64, unit_bytes: u64, backing_end: u64, counted: Budget) -> Self {
+        let bytes = vec![0; usize::try_from(unit_bytes).expect("a fill unit is at most 64 MiB")];
+        let mut entry = Self::new(State::Fetching(id), bytes, Some(counted));
+        // Past the backing's end the guest reads zeros, and the buffer is zeros already.
+        entry.known.insert(backing_end.saturating_sub(unit * unit_bytes).min(unit_bytes)..unit_bytes);
+        entry
+    }
+
+    fn refetch(&mut self, id: FetchId, unit: u64, unit_bytes: u64) -> Fetch {
+        self.state = State::Fetching(id);
+        let mut wanted: Vec<Range<u64>> = Vec::new();
+        for gap in self.known.gaps(0..unit_bytes) {
+            let gap = unit * unit_bytes + gap.start..unit * unit_bytes + gap.end;
+            match wanted.last_mut() {
+                Some(last) if gap.start - last.end <= GAP_MERGE_BYTES_MAX => last.end = gap.end,
+                _ => wanted.push(gap),
+            }
+        }
+        assert!(!wanted.is_empty(), "a complete unit is stored, not fetched");
+        Fetch { id, units: unit..unit + 1, wanted }
+    }
+
+    fn known_bytes(&self, range: &Range<u64>) -> Option<Bytes> {
+        let (start, end) = offsets(range);
+        match &self.state {
+            State::Storing(bytes) => Some(bytes.slice(start..end)),
+            State::Writing => None,
+            _ if self.known.covers(range) => Some(Bytes::copy_from_slice(&self.bytes[start..end])),
+            _ => None,
+        }
+    }
+
+    fn fill_gaps(&mut self, from: u64, piece: &[u8]) {
+        let end = from + piece.len() as u64;
+        for gap in self.known.gaps(from..end) {
+            let (start, stop) = offsets(&gap);
+            let (source, source_end) = offsets(&(gap.start - from..gap.end - from));
+            self.bytes[start..stop].copy_from_slice(&piece[source..source_end]);
+        }
+        self.known.insert(from..end);
+    }
+
+    fn overwrite(&mut self, from: u64, data: &[u8]) {
+        let range = from..from + data.len() as u64;
+        let (start, end) = offsets(&range);
+        self.bytes[start..end].copy_from_slice(data);
+        self.known.insert(range);
+    }
+
+    fn tell_readers(&mut self) {
+        for reader in std::mem::take(&mut self.readers) {
+            match self.known_bytes(&reader.range) {
+                Some(bytes) => {
+                    let _ = reader.tell.send(Delivery::Bytes(bytes));
+                }
+                None => self.readers.push(reader),
+            }
+        }
+    }
+
+    fn store_if_complete(&mut self, unit: u64, unit_bytes: u64) -> Option<Store<R>> {
+        if !self.known.covers(&(0..unit_bytes)) {
+            return None;
+        }
+        let bytes = Bytes::from(std::mem::take(&mut self.bytes));
+        self.state = State::Storing(bytes.clone());
+        self.tell_readers();
+        Some(Store { unit, bytes, room: self.room.take() })
+    }
+}
+
+fn offsets(range: &Range<u64>) -> (usize, usize) {
+    let fits = "an offset inside a fill unit fits in memory";
+    (usize::try_from(range.start).expect(fits), usize::try_from(range.end).expect(fits))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,61 @@
+//! A source that is opened when it is first needed.
+//!
+//! An origin that cannot be reached must not keep an image with local bytes from being used: each use tries again,
+//! until one opens it.
+
+use std::{ops::Range, sync::Arc};
+
+use readonce_origin::{Class, Sink};
+use readonce_storage::BoxFuture;
+use tokio::sync::OnceCell;
+
+use crate::{LayerError, StatusExtent, source::Source};
+
+/// Opens the source; called again after a failure.
+pub type Opener = Box<dyn Fn() -> BoxFuture<'static, Result<Arc<dyn Source>, LayerError>> + Send + Sync>;
+
+/// A source that is opened at its first use.
+pub struct Lazy {
+    open: Opener,
+    source: OnceCell<Arc<dyn Source>>,
+}
+
+impl Lazy {
+    /// A source that `open` opens.
+    pub fn new(open: Opener) -> Self {
+        Self { open, source: OnceCell::new() }
+    }
+
+    /// The source, opened now if it is not yet. Callers at the same time share one attempt.
+    pub async fn source(&self) -> Result<&Arc<dyn Source>, LayerError> {
+        self.source.get_or_try_init(|| (self.open)()).await
+    }
+}
+
+impl Source for Lazy {
+    fn size(&self) -> BoxFuture<'_, Result<u64, LayerError>> {
+        Box::pin(async { self.source().await?.size().await })
+    }
+
+    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Option<Result<(), LayerError>> {
+        self.source.get()?.read_now(offset, buf)
+    }
+
+    fn fetch<'a>(
+        &'a self,
+        range: Range<u64>,
+        class: Class,
+        sink: Sink<'a>,
+    ) -> BoxFuture<'a, Result<(), LayerError>> {
+        Box::pin(async move { self.source().await?.fetch(range, class, sink).await })
+    }
+
+    fn status(
+        &self,
+        offset: u64,
+        len: u64,
+        count_max: usize,
+    ) -> BoxFuture<'_, Result<Vec<StatusExtent>, LayerError>> {
+        Box::pin(async move { self.source().await?.status(offset, len, count_max).await })
+    }
+}

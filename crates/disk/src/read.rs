@@ -1,0 +1,210 @@
+//! The waiting read: local data, zeros, and bytes that come from the backing.
+//!
+//! Each round plans the whole range, starts what must be fetched, then collects. What was written meanwhile is read again in
+//! the next round.
+
+use std::{collections::VecDeque, ops::Range};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::{StreamExt, stream::FuturesUnordered};
+use readonce_format::Mapping;
+use readonce_origin::{Class, Sink};
+use tokio::sync::oneshot;
+
+use crate::{
+    LayerError,
+    image::Image,
+    inflight::{Budget, Delivery, Fetch, Read},
+    source::sink_zeros,
+};
+
+/// Bytes that one fetch asks for; a longer want is cut, so that several connections work on it.
+pub const FETCH_RUN_BYTES_MAX: u64 = 1 << 20;
+
+/// What a round has to collect.
+#[derive(Default)]
+struct Plan {
+    /// Guest offset, file offset, length.
+    local: Vec<(u64, u64, u64)>,
+    /// Straight from the backing, not kept.
+    through: Vec<Range<u64>>,
+    /// Guest range, and who will tell.
+    waits: Vec<(Range<u64>, oneshot::Receiver<Delivery>)>,
+    /// To look at again.
+    again: VecDeque<Range<u64>>,
+}
+
+impl Image {
+    /// Reads `len` bytes at `offset`.
+    pub async fn read(&self, offset: u64, len: usize) -> Result<Bytes, LayerError> {
+        if let Some(extent) = self.mapper.lookup_now(offset, len as u64) {
+            let extent = extent?;
+            if let (Mapping::Data(at), true) = (extent.mapping, extent.len == len as u64) {
+                return Ok(self.file.read(at, len).await?);
+            }
+        }
+        let mut buf = BytesMut::zeroed(len);
+        let mut place = |at: u64, bytes: Bytes| {
+            let from = (at - offset) as usize;
+            buf[from..from + bytes.len()].copy_from_slice(&bytes);
+        };
+        self.read_pieces(offset..offset + len as u64, Class::Demand, &mut place).await?;
+        Ok(buf.freeze())
+    }
+
+    /// Reads `range`, handing out pieces in any order.
+    pub(crate) async fn read_pieces(
+        &self,
+        range: Range<u64>,
+        class: Class,
+        sink: Sink<'_>,
+    ) -> Result<(), LayerError> {
+        let mut todo = VecDeque::from([range]);
+        while let Some(range) = todo.pop_front() {
+            let mut plan = Plan::default();
+            let mut at = range.start;
+            while at < range.end {
+                let extent = self.lookup(at, range.end - at).await?;
+                let part = at..at + extent.len;
+                match extent.mapping {
+                    Mapping::Data(from) => plan.local.push((at, from, extent.len)),
+                    Mapping::Zero | Mapping::Absent => {
+                        self.plan_absent(part.clone(), class, sink, &mut plan).await?;
+                    }
+                }
+                at = part.end;
+            }
+            todo.append(&mut plan.again);
+            self.collect(plan, class, sink, &mut todo).await?;
+        }
+        Ok(())
+    }
+
+    async fn collect(
+        &self,
+        plan: Plan,
+        class: Class,
+        sink: Sink<'_>,
+        todo: &mut VecDeque<Range<u64>>,
+    ) -> Result<(), LayerError> {
+        let mut reads: FuturesUnordered<_> = plan
+            .local
+            .iter()
+            .map(|&(at, from, len)| async move {
+                let len = usize::try_from(len).expect("a request fits in memory");
+                Ok::<_, LayerError>((at, self.file.read(from, len).await?))
+            })
+            .collect();
+        while let Some(read) = reads.next().await {
+            let (at, bytes) = read?;
+            sink(at, bytes);
+        }
+        for range in plan.through {
+            let backing = self.backing.as_ref().expect("only a backing is read through");
+            backing.fetch(range, class, sink).await?;
+        }
+        for (range, told) in plan.waits {
+            match told.await {
+                Ok(Delivery::Bytes(bytes)) => sink(range.start, bytes),
+                Ok(Delivery::Failed(error)) => return Err(error),
+                Ok(Delivery::Retry) | Err(_) => todo.push_back(range),
+            }
+        }
+        Ok(())
+    }
+
+    /// Plans a range that the map did not show as data a moment ago.
+    async fn plan_absent(
+        &self,
+        range: Range<u64>,
+        class: Class,
+        sink: Sink<'_>,
+        plan: &mut Plan,
+    ) -> Result<(), LayerError> {
+        let backing_end = self.backing_end().await?;
+        let mut at = range.start;
+        while at < range.end {
+            let mut fetches = Vec::new();
+            let full = self.claim(&mut at, &range, backing_end, sink, plan, &mut fetches);
+            for fetch in fetches {
+                self.start_fetch(fetch, class);
+            }
+            if let Some(room) = full {
+                // The table is full: what was claimed goes on by itself, the rest waits for room.
+                let _ = room.await;
+                plan.again.push_back(at..range.end);
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// One pass under the table's lock over `at..range.end`; moves `at` on. Returns who to wait on when the table is full.
+    fn claim(
+        &self,
+        at: &mut u64,
+        range: &Range<u64>,
+        backing_end: u64,
+        sink: Sink<'_>,
+        plan: &mut Plan,
+        fetches: &mut Vec<Fetch>,
+    ) -> Option<oneshot::Receiver<Result<(), LayerError>>> {
+        let mut table = self.table();
+        while *at < range.end {
+            let unit = *at / self.unit;
+            let part = *at..((unit + 1) * self.unit).min(range.end);
+            let inside = part.start - unit * self.unit..part.end - unit * self.unit;
+            match table.read(unit, inside.clone()) {
+                Read::Known(bytes) => sink(part.start, bytes),
+                Read::Wait(told, fetch) => {
+                    fetches.extend(fetch);
+                    plan.waits.push((part.clone(), told));
+                }
+                Read::Free => match self.mapping_now(unit) {
+                    Some(Mapping::Zero) => sink_zeros(part.clone(), sink),
+                    Some(Mapping::Absent) if part.start >= backing_end => sink_zeros(part.clone(), sink),
+                    Some(Mapping::Absent) if !self.copy_on_read() => {
+                        let end = part.end.min(backing_end);
+                        match plan.through.last_mut() {
+                            Some(last) if last.end == part.start => last.end = end,
+                            _ => plan.through.push(part.start..end),
+                        }
+                        sink_zeros(end..part.end, sink);
+                    }
+                    Some(Mapping::Absent) => {
+                        if let Err(room) = table.admit(Budget::Fetch) {
+                            return Some(room);
+                        }
+                        self.extend_or_begin(&mut table, unit, backing_end, fetches);
+                        let Read::Wait(told, None) = table.read(unit, inside) else {
+                            panic!("a fetch that has just begun knows nothing yet")
+                        };
+                        plan.waits.push((part.clone(), told));
+                    }
+                    // Written meanwhile, or its table went out of memory.
+                    Some(Mapping::Data(_)) | None => plan.again.push_back(part.clone()),
+                },
+            }
+            *at = part.end;
+        }
+        None
+    }
+
+    /// Adds `unit` to the fetch begun just before it, or begins one.
+    fn extend_or_begin(
+        &self,
+        table: &mut crate::image::Table<'_>,
+        unit: u64,
+        backing_end: u64,
+        fetches: &mut Vec<Fetch>,
+    ) {
+        if let Some(last) = fetches.last_mut()
+            && last.units.end == unit
+            && (last.units.end - last.units.start) * self.unit < FETCH_RUN_BYTES_MAX
+            && table.extend_fetch(last, backing_end)
+        {
+            return;
+        }
+        fetches.push(table.begin_fetch(unit..unit + 1, backing_end));
+    }
+}

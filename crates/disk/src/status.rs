@@ -1,0 +1,87 @@
+//! Which layer holds a range, and what reads as zeros: block status, down the chain.
+
+use readonce_format::{Mapper, Mapping};
+
+use crate::{LayerError, StatusExtent, source::Source};
+
+/// Tells whether the fill unit at a guest offset holds bytes that its map does not show yet, and where the unit ends.
+pub(crate) type Hidden<'a> = &'a (dyn Fn(u64) -> Option<u64> + Sync);
+
+/// The states of a range of a layer, its own depth counted as 1. Extents of one state are merged.
+pub(crate) async fn of(
+    mapper: &dyn Mapper,
+    backing: Option<&dyn Source>,
+    hidden: Option<Hidden<'_>>,
+    offset: u64,
+    len: u64,
+    count_max: usize,
+) -> Result<Vec<StatusExtent>, LayerError> {
+    let end = offset + len;
+    let unit = mapper.geometry().fill_unit;
+    let mut extents = Extents { list: Vec::new(), count_max };
+    let mut at = offset;
+    while at < end && !extents.is_full() {
+        // First the table, then the map: what left the table before we asked is in the map when we look.
+        let mut len_max = end - at;
+        if let Some(hidden) = hidden {
+            if let Some(unit_end) = hidden(at) {
+                let len = unit_end.min(end) - at;
+                extents.push(StatusExtent { len, zero: false, hole: false, depth: 1 });
+                at += len;
+                continue;
+            }
+            len_max = len_max.min(unit - at % unit);
+        }
+        let extent = mapper.lookup(at, len_max).await?;
+        match (extent.mapping, backing) {
+            (Mapping::Data(_), _) => {
+                extents.push(StatusExtent { len: extent.len, zero: false, hole: false, depth: 1 });
+            }
+            (Mapping::Zero, _) => {
+                extents.push(StatusExtent { len: extent.len, zero: true, hole: true, depth: 1 });
+            }
+            (Mapping::Absent, None) => {
+                extents.push(StatusExtent { len: extent.len, zero: true, hole: true, depth: 0 });
+            }
+            (Mapping::Absent, Some(backing)) => {
+                let backing_end = backing.size().await?.clamp(at, at + extent.len);
+                if at == backing_end {
+                    extents.push(StatusExtent { len: extent.len, zero: true, hole: true, depth: 0 });
+                } else {
+                    let mut told = 0;
+                    for below in backing.status(at, backing_end - at, count_max).await? {
+                        let depth = if below.depth == 0 { 0 } else { below.depth + 1 };
+                        told += below.len;
+                        extents.push(StatusExtent { depth, ..below });
+                    }
+                    at += told;
+                    continue;
+                }
+            }
+        }
+        at += extent.len;
+    }
+    extents.list.truncate(count_max);
+    Ok(extents.list)
+}
+
+struct Extents {
+    list: Vec<StatusExtent>,
+    count_max: usize,
+}
+
+impl Extents {
+    fn push(&mut self, extent: StatusExtent) {
+        match self.list.last_mut() {
+            Some(last) if (last.zero, last.hole, last.depth) == (extent.zero, extent.hole, extent.depth) => {
+                last.len += extent.len;
+            }
+            _ => self.list.push(extent),
+        }
+    }
+
+    /// One more than wanted is collected, so that the last wanted one is as long as it can be.
+    fn is_full(&self) -> bool {
+        self.list.len() > self.count_max
+    }
+}
