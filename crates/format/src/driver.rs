@@ -10,7 +10,7 @@ use crate::{FormatError, Mapper, WritableMapper};
 
 /// Every format that readonce knows, in the order in which they are probed.
 pub fn drivers() -> &'static [&'static dyn Driver] {
-    &[]
+    &[&crate::qed::Qed, &crate::raw::Raw]
 }
 
 /// The driver of that name (`qed`, `raw`).

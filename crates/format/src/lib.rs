@@ -10,6 +10,9 @@
 pub mod driver;
 pub mod error;
 pub mod mapper;
+mod number;
+pub mod qed;
+pub mod raw;
 
 pub use driver::Driver;
 pub use error::FormatError;

@@ -110,7 +110,8 @@ pub trait WritableMapper: Mapper {
     fn unlinked_bytes(&self) -> u64;
 
     /// Takes the dirty mark off where nothing is in flight or left to reclaim (after a durable flush of its own). Called
-    /// when the image was idle for a while; the next allocation sets the mark again.
+    /// when the image was idle for a while; the next allocation sets the mark again. Guest reads and in-place writes
+    /// go on meanwhile, so no linked cluster is moved here: where only moving would free a hole, the mark stays.
     fn settle(&self) -> BoxFuture<'_, Result<(), FormatError>>;
 
     /// Flushes, gives back what is not used, takes the dirty mark off. Nothing may be in flight.

@@ -1,0 +1,95 @@
+//! Cache of L2 slices, looked up without a lock.
+//!
+//! - Set-associative and bounded: [`SLICES_MAX`] slices, about 52 MiB, whatever the image's size; a small image gets a small one.
+//! - A slice that is put in takes the place of its set's oldest. Losing a slice is always safe: one that holds what the
+//!   file does not have yet is kept elsewhere (`tables`, pinned slices).
+//! - Only `tables` puts slices in, under the lock of the slice's shard, so that there is at most one copy of a slice.
+//!
+//! Not here: reading slices.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, AtomicUsize, Ordering},
+};
+
+use arc_swap::{ArcSwapOption, Guard};
+
+use super::slice::Slice;
+use crate::number::index;
+
+const WAYS: usize = 6;
+const SETS_MAX: u64 = 2048;
+/// Slices in the cache at most; each takes 4 KiB and about 150 bytes.
+pub(super) const SLICES_MAX: u64 = SETS_MAX * 6;
+const _: () = assert!(WAYS == 6);
+
+struct Set {
+    /// Index of the slice in each way, plus 1; 0 for none. A hint that saves looking into the other ways.
+    tags: [AtomicU64; WAYS],
+    ways: [ArcSwapOption<Slice>; WAYS],
+    /// The way that was filled longest ago.
+    oldest: AtomicUsize,
+}
+
+/// The cache.
+pub(super) struct Cache {
+    sets: Box<[Set]>,
+}
+
+impl Cache {
+    /// A cache for an image of `slices` slices.
+    pub(super) fn new(slices: u64) -> Self {
+        let sets = slices.div_ceil(SLICES_MAX / SETS_MAX).clamp(1, SETS_MAX).next_power_of_two();
+        let set = || Set {
+            tags: [const { AtomicU64::new(0) }; WAYS],
+            ways: [const { ArcSwapOption::const_empty() }; WAYS],
+            oldest: AtomicUsize::new(0),
+        };
+        Self { sets: std::iter::repeat_with(set).take(index(sets)).collect() }
+    }
+
+    fn set(&self, slice_index: u64) -> &Set {
+        let at = index(slice_index) & (self.sets.len() - 1);
+        self.sets.get(at).expect("the count of sets is a power of two")
+    }
+
+    /// The slice, if it is here.
+    pub(super) fn find(&self, slice_index: u64) -> Option<Guard<Option<Arc<Slice>>>> {
+        let set = self.set(slice_index);
+        let tag = slice_index + 1;
+        for (found, way) in set.tags.iter().zip(&set.ways) {
+            if found.load(Ordering::Acquire) == tag {
+                let slice = way.load();
+                if slice.as_ref().is_some_and(|slice| slice.index == slice_index) {
+                    return Some(slice);
+                }
+            }
+        }
+        None
+    }
+
+    /// Puts the slice in, unless it is here.
+    pub(super) fn put(&self, slice: Arc<Slice>) {
+        if self.find(slice.index).is_some() {
+            return;
+        }
+        let set = self.set(slice.index);
+        let way = set.oldest.fetch_add(1, Ordering::Relaxed) % WAYS;
+        if let (Some(tag), Some(place)) = (set.tags.get(way), set.ways.get(way)) {
+            let new = slice.index + 1;
+            // Between the two stores the tag is a miss or names the old slice's place: `find` looks at the slice itself.
+            place.store(Some(slice));
+            tag.store(new, Ordering::Release);
+        }
+    }
+
+    /// Forgets everything.
+    pub(super) fn clear(&self) {
+        for set in &self.sets {
+            for (tag, way) in set.tags.iter().zip(&set.ways) {
+                tag.store(0, Ordering::Release);
+                way.store(None);
+            }
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! Tables in memory: the L1 table, cached L2 slices, and how a slice is read.
+//!
+//! - There is at most one copy of an L2 slice in memory that anyone can find. A slice is read, pinned and put into the cache
+//!   under the load lock of its shard only, and whoever holds that lock looks for a pinned or cached copy first. So a slice
+//!   that was read before a change can never replace the changed one.
+//! - A pinned slice is found in `pinned` until its last pin goes. The writer pins a slice from `prepare` until its
+//!   changes are in the file.
+//! - Memory: the cache, the pinned slices (bounded by what is in flight and unlinked), and the part of the L1 table that
+//!   the guest's size uses (at most 32 MiB), read in slices when first needed.
+//!
+//! Not here: changes.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, OnceLock},
+};
+
+use parking_lot::{Mutex, RwLock};
+use readonce_storage::ReadAt;
+
+use super::{
+    cache::Cache,
+    layout::{Layout, SLICE_BYTES, SLICE_ENTRIES},
+    slice::{Entry, Slice},
+};
+use crate::{Extent, FormatError, Geometry, Mapping, number::index};
+
+const SHARDS: usize = 64;
+
+/// A part of the slices.
+#[derive(Default)]
+struct Shard {
+    /// Held while a slice of this shard is read, pinned or put into the cache.
+    load: tokio::sync::Mutex<()>,
+    pinned: Mutex<BTreeMap<u64, Pinned>>,
+}
+
+struct Pinned {
+    slice: Arc<Slice>,
+    pins: u64,
+}
+
+/// The tables of an open image.
+pub(super) struct Tables {
+    file: Arc<dyn ReadAt>,
+    pub(super) layout: Layout,
+    l1: Box<[OnceLock<Slice>]>,
+    l1_load: tokio::sync::Mutex<()>,
+    cache: Cache,
+    shards: Box<[Shard]>,
+    /// Where L2 tables lie: offset to L1 index. Filled only for an image that is open for writing: there, a data
+    /// cluster that lies in a table would let a guest write overwrite it.
+    regions: RwLock<BTreeMap<u64, u64>>,
+}
+
+impl Tables {
+    pub(super) fn new(file: Arc<dyn ReadAt>, layout: Layout) -> Self {
+        let l1_slices = layout.l1_entries_used().div_ceil(SLICE_ENTRIES);
+        Self {
+            file,
+            layout,
+            l1: std::iter::repeat_with(OnceLock::new).take(index(l1_slices)).collect(),
+            l1_load: tokio::sync::Mutex::new(()),
+            cache: Cache::new(layout.image_size.div_ceil(layout.slice_span())),
+            shards: std::iter::repeat_with(Shard::default).take(SHARDS).collect(),
+            regions: RwLock::new(BTreeMap::new()),
+        }
+    }
+
+    pub(super) fn geometry(&self) -> Geometry {
+        let Layout { image_size, cluster_size, .. } = self.layout;
+        Geometry { size: image_size, cluster_size, fill_unit: cluster_size }
+    }
+
+    fn shard(&self, slice_index: u64) -> &Shard {
+        self.shards.get(index(slice_index) % SHARDS).expect("there are SHARDS shards")
+    }
+
+    /// The extent at `offset` without waiting; `None` where a table must be read and the file cannot do it at once.
+    pub(super) fn extent_now(&self, offset: u64, len_max: u64) -> Option<Result<Extent, FormatError>> {
+        let len_max = match self.clamp(offset, len_max) {
+            Ok(len_max) => len_max,
+            Err(error) => return Some(Err(error)),
+        };
+        let slice_index = self.layout.slice_index(offset);
+        if let Some(found) = self.cache.find(slice_index)
+            && let Some(slice) = found.as_ref()
+        {
+            return Some(slice.extent(&self.layout, offset, len_max));
+        }
+        let l1_index = self.layout.l1_index(offset);
+        let l1_slice = self.l1.get(index(l1_index / SLICE_ENTRIES))?.get()?;
+        match l1_slice.entry(l1_index % SLICE_ENTRIES) {
+            Entry::At(table) => match self.load_now(slice_index, table)? {
+                Ok(slice) => Some(slice.extent(&self.layout, offset, len_max)),
+                Err(error) => Some(Err(error)),
+            },
+            _ => Some(self.without_table(l1_slice, offset, len_max)),
+        }
+    }
+
+    /// The extent at `offset`, reading what is needed.
+    pub(super) async fn extent(&self, offset: u64, len_max: u64) -> Result<Extent, FormatError> {
+        let len_max = self.clamp(offset, len_max)?;
+        let slice_index = self.layout.slice_index(offset);
+        if let Some(found) = self.cache.find(slice_index)
+            && let Some(slice) = found.as_ref()
+        {
+            return slice.extent(&self.layout, offset, len_max);
+        }
+        let l1_index = self.layout.l1_index(offset);
+        let l1_slice = self.l1_slice(l1_index).await?;
+        match l1_slice.entry(l1_index % SLICE_ENTRIES) {
+            Entry::At(table) => {
+                let slice = self.load(slice_index, table).await?;
+                slice.extent(&self.layout, offset, len_max)
+            }
+            _ => self.without_table(l1_slice, offset, len_max),
+        }
+    }
+
+    fn clamp(&self, offset: u64, len_max: u64) -> Result<u64, FormatError> {
+        match self.layout.image_size.checked_sub(offset) {
+            Some(left) if left > 0 => Ok(left.min(len_max).max(1)),
+            _ => Err(FormatError::Invalid(format!(
+                "offset {offset} lies past the end of the image, {} bytes",
+                self.layout.image_size
+            ))),
+        }
+    }
+
+    /// The extent where the L1 table has no L2 table, over as many such entries as the L1 slice has in a row.
+    fn without_table(&self, l1_slice: &Slice, offset: u64, len_max: u64) -> Result<Extent, FormatError> {
+        let span = self.layout.table_span();
+        let mut at = self.layout.l1_index(offset) % SLICE_ENTRIES;
+        if l1_slice.entry(at) == Entry::Bad {
+            return Err(l1_slice.corrupt("L1", at));
+        }
+        let mut len = span - offset % span;
+        while len < len_max && at + 1 < SLICE_ENTRIES && l1_slice.entry(at + 1) == Entry::Absent {
+            len += span;
+            at += 1;
+        }
+        Ok(Extent { mapping: Mapping::Absent, len: len.min(len_max) })
+    }
+
+    /// The L1 slice that holds `l1_index`.
+    pub(super) async fn l1_slice(&self, l1_index: u64) -> Result<&Slice, FormatError> {
+        let slice_index = l1_index / SLICE_ENTRIES;
+        let place = self.l1.get(index(slice_index)).ok_or_else(|| {
+            FormatError::corrupt("L1 index", l1_index, "must be below what the image's size uses")
+        })?;
+        if let Some(slice) = place.get() {
+            return Ok(slice);
+        }
+        let _one_at_a_time = self.l1_load.lock().await;
+        if let Some(slice) = place.get() {
+            return Ok(slice);
+        }
+        let file_len = self.file.len();
+        let at = self.layout.l1_offset + slice_index * SLICE_BYTES;
+        let read = self.file.read(at, index(SLICE_BYTES)).await?;
+        let slice =
+            Slice::decode(slice_index, &read, false, |offset| self.layout.valid_l2(offset, file_len));
+        Ok(place.get_or_init(|| slice))
+    }
+
+    /// The L2 table of `l1_index`, if there is one.
+    pub(super) async fn table(&self, l1_index: u64) -> Result<Option<u64>, FormatError> {
+        let slice = self.l1_slice(l1_index).await?;
+        match slice.entry(l1_index % SLICE_ENTRIES) {
+            Entry::At(table) => Ok(Some(table)),
+            Entry::Absent | Entry::Zero => Ok(None),
+            Entry::Bad => Err(slice.corrupt("L1", l1_index % SLICE_ENTRIES)),
+        }
+    }
+
+    fn find_loaded(&self, slice_index: u64) -> Option<Arc<Slice>> {
+        let pinned = self.shard(slice_index).pinned.lock().get(&slice_index).map(|pinned| pinned.slice.clone());
+        pinned.or_else(|| self.cache.find(slice_index).and_then(|found| found.as_ref().cloned()))
+    }
+
+    fn load_now(&self, slice_index: u64, table: u64) -> Option<Result<Arc<Slice>, FormatError>> {
+        // Another reader of this shard is at it: the caller comes back through `extent`, which waits.
+        let _load = self.shard(slice_index).load.try_lock().ok()?;
+        if let Some(slice) = self.find_loaded(slice_index) {
+            self.cache.put(slice.clone());
+            return Some(Ok(slice));
+        }
+        let mut read = [0; 4096];
+        match self.file.read_now(table + self.layout.slice_in_table(slice_index), &mut read)? {
+            Ok(()) => {}
+            Err(error) => return Some(Err(error.into())),
+        }
+        let slice = Arc::new(self.decode_l2(slice_index, &read));
+        self.cache.put(slice.clone());
+        Some(Ok(slice))
+    }
+
+    async fn load(&self, slice_index: u64, table: u64) -> Result<Arc<Slice>, FormatError> {
+        let _load = self.shard(slice_index).load.lock().await;
+        self.load_locked(slice_index, table).await
+    }
+
+    async fn load_locked(&self, slice_index: u64, table: u64) -> Result<Arc<Slice>, FormatError> {
+        if let Some(slice) = self.find_loaded(slice_index) {
+            self.cache.put(slice.clone());
+            return Ok(slice);
+        }
+        let at = table + self.layout.slice_in_table(slice_index);
+        let read = self.file.read(at, index(SLICE_BYTES)).await?;
+        let slice = Arc::new(self.decode_l2(slice_index, &read));
+        self.cache.put(slice.clone());
+        Ok(slice)
+    }
+
+    fn decode_l2(&self, slice_index: u64, read: &[u8]) -> Slice {
+        let file_len = self.file.len();
+        let regions = self.regions.read();
+        let table_bytes = self.layout.table_bytes();
+        // Runs of clusters are the rule: what follows a cluster known to lie before the next table needs no search.
+        let mut clear = 0..0;
+        Slice::decode(slice_index, read, true, |offset| {
+            if !self.layout.valid_cluster(offset, file_len) {
+                return false;
+            }
+            if clear.contains(&offset) {
+                return true;
+            }
+            let before_end = regions.range(..=offset).next_back().map_or(0, |(&table, _)| table + table_bytes);
+            let next = regions.range(offset..).next().map_or(u64::MAX, |(&table, _)| table);
+            clear = before_end..next;
+            clear.contains(&offset)
+        })
+    }
+}
