@@ -8,7 +8,10 @@
 use std::{ops::Range, path::Path, sync::Arc};
 
 use bytes::Bytes;
-use readonce_storage::{BoxFuture, ReadAt};
+use readonce_storage::{
+    BoxFuture, ReadAt,
+    local::{FileIdentity, LocalFile, OpenMode},
+};
 
 use crate::{Class, FetchError, Origin, OriginNote, OriginOptions, OriginStats, Sink, Validator, Version};
 
@@ -18,7 +21,7 @@ const PIECE_BYTES_MAX: u64 = 1024 * 1024;
 /// A file as an origin.
 pub struct FileOrigin {
     name: String,
-    file: std::fs::File,
+    file: LocalFile,
     version: Version,
     notes: Vec<OriginNote>,
     stats: OriginStats,
@@ -33,8 +36,8 @@ impl FileOrigin {
         let name = path.display().to_string();
         let permanent = |cause: String| FetchError::Permanent { origin: name.clone(), cause };
         let io = |error: std::io::Error| permanent(error.to_string());
-        let file = std::fs::File::open(path).map_err(io)?;
-        let version = version_of(&file).map_err(io)?;
+        let file = LocalFile::open(path, OpenMode::Read).map_err(io)?;
+        let version = version_of(file.identity().map_err(io)?);
         let mut notes = Vec::new();
         if let Some(expected) = &options.expect {
             if expected.len != version.len {
@@ -52,9 +55,12 @@ impl FileOrigin {
         Ok(Arc::new(Self { name, file, version, notes, stats: OriginStats::default() }))
     }
 
-    fn read_exact(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
-        use std::os::unix::fs::FileExt;
-        self.file.read_exact_at(buf, offset)
+    /// The file may grow, an origin never does.
+    fn within(&self, offset: u64, len: usize) -> std::io::Result<()> {
+        match offset.checked_add(len as u64) {
+            Some(end) if end <= self.version.len => Ok(()),
+            _ => Err(std::io::ErrorKind::UnexpectedEof.into()),
+        }
     }
 }
 
@@ -64,15 +70,19 @@ impl ReadAt for FileOrigin {
     }
 
     fn read_now(&self, offset: u64, buf: &mut [u8]) -> Option<std::io::Result<()>> {
-        Some(self.read_exact(offset, buf).inspect(|()| self.stats.add_bytes(buf.len() as u64)))
+        if let Err(error) = self.within(offset, buf.len()) {
+            return Some(Err(error));
+        }
+        let result = self.file.read_now(offset, buf)?;
+        Some(result.inspect(|()| self.stats.add_bytes(buf.len() as u64)))
     }
 
     fn read(&self, offset: u64, len: usize) -> BoxFuture<'_, std::io::Result<Bytes>> {
         Box::pin(async move {
-            let mut buf = vec![0; len];
-            self.read_exact(offset, &mut buf)?;
-            self.stats.add_bytes(len as u64);
-            Ok(buf.into())
+            self.within(offset, len)?;
+            let bytes = self.file.read(offset, len).await?;
+            self.stats.add_bytes(bytes.len() as u64);
+            Ok(bytes)
         })
     }
 }
@@ -116,21 +126,62 @@ impl Origin for FileOrigin {
     }
 }
 
-fn version_of(file: &std::fs::File) -> std::io::Result<Version> {
-    use std::{io::Seek, os::unix::fs::FileTypeExt, os::unix::fs::MetadataExt};
-    let metadata = file.metadata()?;
-    let len = if metadata.file_type().is_block_device() {
-        // The size of a block device is where its end is.
-        let mut file = file;
-        file.seek(std::io::SeekFrom::End(0))?
-    } else if metadata.is_file() {
-        metadata.len()
-    } else {
-        return Err(std::io::Error::other("is not a regular file or block device"));
-    };
-    let mtime_ns = i128::from(metadata.mtime())
-        .saturating_mul(1_000_000_000)
-        .saturating_add(i128::from(metadata.mtime_nsec()));
-    let validator = Validator::File { device: metadata.dev(), inode: metadata.ino(), size: len, mtime_ns };
-    Ok(Version { validator, len })
+fn version_of(identity: FileIdentity) -> Version {
+    let FileIdentity { device, inode, len, mtime_s, mtime_ns } = identity;
+    let mtime_ns = i128::from(mtime_s).saturating_mul(1_000_000_000).saturating_add(i128::from(mtime_ns));
+    Version { validator: Validator::File { device, inode, size: len, mtime_ns }, len }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pinned_at(path: &Path) -> OriginOptions {
+        let origin = FileOrigin::open(path, &OriginOptions::default()).expect("a file");
+        let expect = Version::decode(&origin.validator(), origin.len()).expect("our own encoding");
+        OriginOptions { expect: Some(expect), ..OriginOptions::default() }
+    }
+
+    #[tokio::test]
+    async fn a_fetch_hands_out_the_bytes_once_and_in_order() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let data: Vec<u8> = (0..3_000_001_u32).map(|index| (index % 251) as u8).collect();
+        std::fs::write(file.path(), &data).expect("room");
+        let origin = FileOrigin::open(file.path(), &OriginOptions::default()).expect("a file");
+        let mut got = Vec::new();
+        let mut sink = |at, piece: Bytes| {
+            assert_eq!(at, 7 + got.len() as u64);
+            got.extend_from_slice(&piece);
+        };
+        origin.fetch(7..3_000_001, Class::Demand, &mut sink).await.expect("inside");
+        assert!(got == data[7..]);
+        assert_eq!(origin.stats().bytes, 3_000_001 - 7);
+        assert_eq!(&origin.read(1, 2).await.expect("inside")[..], &data[1..3]);
+        let past = origin.read(3_000_000, 2).await.expect_err("past the end");
+        assert_eq!(past.kind(), std::io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn another_mtime_is_noted_and_another_length_refused() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), "four").expect("room");
+        let options = pinned_at(file.path());
+        let notes = |options| FileOrigin::open(file.path(), options).map(|origin| origin.notes().len());
+        assert_eq!(notes(&options).expect("unchanged"), 0);
+        file.as_file().set_modified(std::time::SystemTime::UNIX_EPOCH).expect("our own file");
+        assert_eq!(notes(&options).expect("only another mtime"), 1);
+        std::fs::write(file.path(), "five!").expect("room");
+        let error = notes(&options).expect_err("another length");
+        assert!(matches!(error, FetchError::Changed { .. }), "{error}");
+        assert!(error.to_string().ends_with("length was 4, is 5"), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused() {
+        let folder = tempfile::tempdir().expect("a folder");
+        for path in [folder.path().to_owned(), folder.path().join("absent")] {
+            let error = FileOrigin::open(&path, &OriginOptions::default()).map(|_| ()).expect_err("no file");
+            assert!(matches!(error, FetchError::Permanent { .. }), "{error}");
+        }
+    }
 }

@@ -33,6 +33,8 @@ pub struct OriginOptions {
     pub connections_max: usize,
     /// Which HTTP.
     pub http_version: HttpVersion,
+    /// Whether proxies are used.
+    pub proxies: Proxies,
     /// Certificates (PEM) to trust beside the system's.
     pub extra_roots_pem: Option<Vec<u8>>,
 }
@@ -59,6 +61,15 @@ pub enum HttpVersion {
     Http2,
 }
 
+/// Which proxies to go through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Proxies {
+    /// Those of `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy`, in either case.
+    Environment,
+    /// None: for an origin of our own on the loopback.
+    None,
+}
+
 impl Default for OriginOptions {
     fn default() -> Self {
         Self {
@@ -71,6 +82,7 @@ impl Default for OriginOptions {
             url_override: Vec::new(),
             connections_max: 16,
             http_version: HttpVersion::Auto,
+            proxies: Proxies::Environment,
             extra_roots_pem: None,
         }
     }
