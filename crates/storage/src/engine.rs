@@ -167,3 +167,130 @@ pub(crate) fn borrow_file<T>(file: &OwnedFd, work: impl FnOnce(&std::fs::File) -
 fn is_undone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::ECANCELED))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        future::poll_fn,
+        io::Write,
+        sync::Weak,
+        task::{Context, Poll, Waker},
+    };
+
+    use super::*;
+
+    fn pipe() -> (Arc<OwnedFd>, std::fs::File) {
+        let (read, write) = rustix::pipe::pipe().expect("a pipe");
+        (Arc::new(read), write.into())
+    }
+
+    fn ring() -> Option<Engine> {
+        let ring = Ring::shared();
+        if ring.is_none() {
+            eprintln!("no io_uring here: only the pool is tested");
+        }
+        ring.map(Engine::Ring)
+    }
+
+    fn poll_once<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
+        std::pin::Pin::new(future).poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    #[tokio::test]
+    async fn short_reads_are_gone_on_with() {
+        let Some(engine) = ring() else { return };
+        // A pipe gives what is in it, and the rest when it comes.
+        let (read_end, mut write_end) = pipe();
+        write_end.write_all(b"abc").expect("room in the pipe");
+        let mut read = Box::pin(engine.read(&read_end, 0, 8));
+        assert!(poll_fn(|cx| Poll::Ready(read.as_mut().poll(cx))).await.is_pending());
+        write_end.write_all(b"defgh").expect("room in the pipe");
+        assert_eq!(read.await.expect("all came"), &b"abcdefgh"[..]);
+    }
+
+    #[tokio::test]
+    async fn an_end_inside_a_read_is_an_error() {
+        let Some(engine) = ring() else { return };
+        let (read_end, mut write_end) = pipe();
+        write_end.write_all(b"abc").expect("room in the pipe");
+        drop(write_end);
+        let error = engine.read(&read_end, 0, 8).await.expect_err("five bytes are missing");
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn a_dropped_read_keeps_its_descriptor_and_buffer_until_the_kernel_is_done() {
+        let Some(engine) = ring() else { return };
+        let (read_end, mut write_end) = pipe();
+        let watch: Weak<OwnedFd> = Arc::downgrade(&read_end);
+        let mut read = Box::pin(async move { engine.read(&read_end, 0, 4096).await });
+        assert!(poll_once(&mut read).is_pending());
+        drop(read);
+        assert!(watch.upgrade().is_some(), "the kernel still reads from it");
+        // Now the kernel writes to a buffer that nobody waits for; an address sanitizer would see if it were freed.
+        write_end.write_all(&[7; 4096]).expect("room in the pipe");
+        while watch.upgrade().is_some() {
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn slots_come_back_from_dropped_operations() {
+        let Some(engine) = ring() else { return };
+        let file: Arc<OwnedFd> = Arc::new(tempfile::tempfile().expect("a file").into());
+        // More than there are slots: if a drop lost one, the last would wait for ever.
+        for round in 0..3000_u64 {
+            let data = Bytes::from(vec![round as u8; 512]);
+            let mut write = Box::pin(engine.write(&file, round * 512, data));
+            let _ = poll_once(&mut write);
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        runtime.block_on(async {
+            engine.write(&file, 0, Bytes::from_static(b"last")).await.expect("written");
+            engine.fdatasync(&file).await.expect("synced");
+        });
+    }
+
+    #[test]
+    fn an_operation_outlives_the_thread_that_began_it() {
+        let Some(engine) = ring() else { return };
+        for _ in 0..50 {
+            let (read_end, mut write_end) = pipe();
+            let begin = std::thread::Builder::new().spawn(move || {
+                let mut read = Box::pin(async move { engine.read(&read_end, 0, 4).await });
+                assert!(poll_once(&mut read).is_pending());
+                read
+            });
+            let read = begin.expect("a thread").join().expect("it only polled");
+            write_end.write_all(b"abcd").expect("room in the pipe");
+            let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+            assert_eq!(runtime.block_on(read).expect("read"), &b"abcd"[..]);
+        }
+    }
+
+    #[test]
+    fn the_pool_works_without_a_runtime_and_within_one() {
+        let file: Arc<OwnedFd> = Arc::new(tempfile::tempfile().expect("a file").into());
+        let mut write = Box::pin(Engine::Pool.write(&file, 2, Bytes::from_static(b"abc")));
+        assert!(matches!(poll_once(&mut write), Poll::Ready(Ok(()))));
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        let read = runtime.block_on(Engine::Pool.read(&file, 0, 5)).expect("inside");
+        assert_eq!(read, &b"\0\0abc"[..]);
+        runtime.block_on(Engine::Pool.fdatasync(&file)).expect("synced");
+        let error = runtime.block_on(Engine::Pool.read(&file, 3, 5)).expect_err("past the end");
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[tokio::test]
+    async fn errors_of_the_kernel_come_back() {
+        let read_only = tempfile::NamedTempFile::new().expect("a file");
+        let file: Arc<OwnedFd> = Arc::new(std::fs::File::open(read_only.path()).expect("there").into());
+        for engine in [Engine::best(), Engine::Pool] {
+            let error = engine.write(&file, 0, Bytes::from_static(b"x")).await.expect_err("read-only");
+            assert_eq!(error.raw_os_error(), Some(libc::EBADF));
+            let mode = FallocateFlags::empty();
+            let error = engine.fallocate(&file, mode, 0, 1).await.expect_err("read-only");
+            assert_eq!(error.raw_os_error(), Some(libc::EBADF));
+        }
+    }
+}

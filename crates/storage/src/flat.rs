@@ -33,6 +33,9 @@ pub trait ReadAt: Send + Sync + 'static {
 
 /// Bytes that can be written as well: an image's file, or a simulated disk.
 ///
+/// An operation of no bytes does nothing; it does not grow the file. A future that is dropped before its end leaves its
+/// operation done, half done, not done or *still under way*: its range may change until a later `sync` has completed.
+///
 /// "No space" comes back as [`io::ErrorKind::StorageFull`] (or `QuotaExceeded`, `FileTooLarge`), and only such
 /// an error may be tried again; any other failed write or sync latches in the room above.
 pub trait Storage: ReadAt {
@@ -47,7 +50,7 @@ pub trait Storage: ReadAt {
     /// the range. Where the file system cannot promise this, it answers `Ok` and promises nothing.
     fn allocate(&self, offset: u64, len: u64) -> BoxFuture<'_, io::Result<()>>;
 
-    /// Makes the range read as zeros and keeps its space where the file system can.
+    /// Makes the range read as zeros and keeps its space where the file system can. Grows the file where needed.
     fn write_zeroes(&self, offset: u64, len: u64) -> BoxFuture<'_, io::Result<()>>;
 
     /// Makes the range read as zeros and gives its space back where the file system can. The length stays.

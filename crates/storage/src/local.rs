@@ -278,8 +278,11 @@ impl LocalFile {
     }
 
     async fn write_waiting(&self, offset: u64, data: Bytes) -> io::Result<()> {
-        let end = self.check_writable(offset, data.len() as u64)?;
         let len = data.len() as u64;
+        let end = self.check_writable(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
         let result = self.engine.write(&self.file, offset, data).await;
         self.dirty.add(len);
         self.start_writeback_if_due();
@@ -292,11 +295,8 @@ impl LocalFile {
         result
     }
 
-    /// `fallocate`; `Ok(false)` where it is not supported, or nothing is to do.
+    /// `fallocate` of at least one byte; `Ok(false)` where it is not supported.
     async fn fallocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<bool> {
-        if len == 0 {
-            return Ok(true);
-        }
         match self.engine.fallocate(&self.file, mode, offset, len).await {
             Ok(()) => Ok(true),
             Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => Ok(false),
@@ -389,6 +389,9 @@ impl Storage for LocalFile {
     fn allocate(&self, offset: u64, len: u64) -> BoxFuture<'_, io::Result<()>> {
         Box::pin(async move {
             let end = self.check_writable(offset, len)?;
+            if len == 0 {
+                return Ok(());
+            }
             if self.is_block_device {
                 return if end <= self.len() { Ok(()) } else { Err(no_space()) };
             }
@@ -405,6 +408,9 @@ impl Storage for LocalFile {
     fn write_zeroes(&self, offset: u64, len: u64) -> BoxFuture<'_, io::Result<()>> {
         Box::pin(async move {
             let end = self.check_writable(offset, len)?;
+            if len == 0 {
+                return Ok(());
+            }
             if self.is_block_device && end > self.len() {
                 return Err(no_space());
             }
@@ -427,6 +433,9 @@ impl Storage for LocalFile {
         Box::pin(async move {
             let end = self.check_writable(offset, len)?.min(self.len());
             let len = end.saturating_sub(offset);
+            if len == 0 {
+                return Ok(());
+            }
             if !self.fallocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len).await? {
                 self.write_zeros_out(offset, len).await?;
             }
@@ -552,5 +561,93 @@ fn without_number(error: &io::Error) -> String {
     match (error.raw_os_error(), text.rfind(" (os error ")) {
         (Some(_), Some(end)) => text[..end].to_owned(),
         _ => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn new_file(directory: &tempfile::TempDir) -> LocalFile {
+        LocalFile::open(directory.path().join("image"), OpenMode::CreateNew).expect("new")
+    }
+
+    #[tokio::test]
+    async fn what_is_not_in_the_page_cache_is_not_read_now() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let file = new_file(&directory);
+        file.write(0, Bytes::from(vec![7; 64 << 10])).await.expect("written");
+        file.sync().await.expect("synced");
+        let mut buf = vec![0; 4096];
+        match file.now_reads {
+            NowReads::Never => assert!(file.read_now(0, &mut buf).is_none()),
+            NowReads::Plain => file.read_now(0, &mut buf).expect("in memory").expect("read"),
+            NowReads::Nowait => {
+                file.read_now(0, &mut buf).expect("just written").expect("read");
+                assert_eq!(buf, [7; 4096]);
+                rustix::fs::fadvise(&*file.file, 0, None, rustix::fs::Advice::DontNeed).expect("advised");
+                assert!(file.read_now(0, &mut buf).is_none());
+                assert_eq!(file.read(0, 4096).await.expect("inside"), &[7; 4096][..]);
+                file.read_now(0, &mut buf).expect("just read").expect("read");
+            }
+        }
+    }
+
+    #[test]
+    fn tmpfs_is_read_in_place() {
+        let directory = tempfile::tempdir_in("/dev/shm").expect("Linux has a tmpfs at /dev/shm");
+        let file = new_file(&directory);
+        file.write_now(0, b"abc").expect("the budget is free").expect("written");
+        let mut buf = [0; 3];
+        file.read_now(0, &mut buf).expect("in memory").expect("read");
+        assert_eq!(&buf, b"abc");
+    }
+
+    #[tokio::test]
+    async fn a_used_up_budget_sends_writes_to_wait_until_a_sync() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        // Without the ring, so that no writeback makes room by itself.
+        let path = directory.path().join("image");
+        let file = LocalFile::open_without_ring(path, OpenMode::CreateNew).expect("new");
+        file.dirty.add(DIRTY_BYTES_MAX - 3);
+        file.write_now(0, b"abc").expect("just fits").expect("written");
+        assert!(file.write_now(0, b"x").is_none());
+        file.write(0, Bytes::from_static(b"x")).await.expect("waits, and is written");
+        file.sync().await.expect("synced");
+        assert_eq!(file.dirty.dirty(), 0);
+        file.write_now(0, b"y").expect("there is room again").expect("written");
+        assert_eq!(file.read(0, 3).await.expect("inside"), &b"ybc"[..]);
+    }
+
+    #[test]
+    fn writeback_makes_room_without_a_sync() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let file = new_file(&directory);
+        if matches!(file.engine, Engine::Pool) {
+            eprintln!("no io_uring here: nothing starts writeback");
+            return;
+        }
+        file.dirty.add(DIRTY_BYTES_MAX - 3);
+        file.write_now(0, b"abc").expect("just fits").expect("written");
+        while file.dirty.dirty() > 0 {
+            std::thread::yield_now();
+        }
+        file.write_now(0, b"x").expect("there is room again").expect("written");
+    }
+
+    #[test]
+    fn one_writeback_at_a_time_and_only_when_due() {
+        let budget = DirtyBudget::default();
+        budget.add(WRITEBACK_BYTES - 1);
+        assert_eq!(budget.begin_writeback(), None);
+        budget.add(1);
+        assert_eq!(budget.begin_writeback(), Some(WRITEBACK_BYTES));
+        budget.add(WRITEBACK_BYTES);
+        assert_eq!(budget.begin_writeback(), None);
+        budget.end_writeback(Some(WRITEBACK_BYTES));
+        assert_eq!(budget.dirty(), WRITEBACK_BYTES);
+        assert_eq!(budget.begin_writeback(), Some(2 * WRITEBACK_BYTES));
+        budget.end_writeback(None);
+        assert_eq!(budget.dirty(), WRITEBACK_BYTES);
     }
 }

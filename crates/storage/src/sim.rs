@@ -334,7 +334,9 @@ impl Storage for SimFile {
         Box::pin(self.run(move |inner| {
             inner.begin(OpKind::TakesSpace)?;
             let range = checked_range(offset, len)?;
-            inner.log(Vec::new(), Resize::AtLeast(range.end));
+            if !range.is_empty() {
+                inner.log(Vec::new(), Resize::AtLeast(range.end));
+            }
             Ok(())
         }))
     }
@@ -343,8 +345,10 @@ impl Storage for SimFile {
         Box::pin(self.run(move |inner| {
             inner.begin(OpKind::TakesSpace)?;
             let range = checked_range(offset, len)?;
-            let end = range.end;
-            inner.zero(range, Resize::AtLeast(end));
+            if !range.is_empty() {
+                let end = range.end;
+                inner.zero(range, Resize::AtLeast(end));
+            }
             Ok(())
         }))
     }
