@@ -121,6 +121,16 @@ impl Image {
         }
     }
 
+    /// Looks in the background for what a crash left unlinked.
+    pub fn start_reclaim(&self) {
+        let image = self.shared();
+        self.rt.spawn(Box::pin(async move {
+            if let Err(error) = image.mapper.reclaim().await {
+                tracing::warn!("what a crash left is not reclaimed: {error}");
+            }
+        }));
+    }
+
     /// Ends all use: flushes, then closes the image clean. No guest request may be under way.
     ///
     /// # Errors

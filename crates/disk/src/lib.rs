@@ -4,11 +4,13 @@
 //! - `image`: a layer open for writing; `read`, `write`, `zero`, `fill`, `flush` are its waiting paths.
 //! - `inflight`: who changes which unit; a plain state machine.
 //! - `source`: what an image has behind it; `base`: a read-only layer; `lazy`: one that is opened when needed.
+//! - `chain`: opening all of it under one policy.
 //! - `status`: which layer holds a range.
 //!
 //! Not here: HTTP, the bits of a header, a wire protocol.
 
 pub mod base;
+pub mod chain;
 pub mod device;
 pub mod disk;
 pub mod error;

@@ -1,0 +1,152 @@
+//! What lies behind an image: opened once, when first needed, as a source.
+
+use std::sync::Arc;
+
+use readonce_format::driver::{BackingRef, Description};
+use readonce_origin::{Locator, Origin, OriginOptions, Version, open::Reach};
+use readonce_storage::{BoxFuture, ImageLock, LocalFile, ReadAt, Storage, local::OpenMode, lock::Access};
+
+use super::{
+    CHAIN_DEPTH_MAX, CopyOnRead, Locks, OpenError, Shared, driver_of,
+    layers::{lock_for_reading, version_of},
+};
+use crate::{Base, Image, ImageOptions, LayerError, Lazy, Source};
+
+/// One step down a chain.
+#[derive(Clone)]
+pub(super) struct Step {
+    pub locator: Locator,
+    pub format: Option<String>,
+    pub expect: Option<Version>,
+    /// Above it, top first.
+    pub above: Vec<Locator>,
+}
+
+impl Step {
+    /// The step from an image to what it names, if policy allows it.
+    pub(super) fn down(
+        shared: &Shared,
+        from: &Locator,
+        description: &Description,
+        backing: &BackingRef,
+        above: &[Locator],
+    ) -> Result<Self, OpenError> {
+        let locator = Locator::parse(&backing.name, Some(from))
+            .map_err(|error| OpenError::new(&backing.name, error))?;
+        let name = locator.printable();
+        shared.options.allow_backing.check(from, &locator).map_err(|error| OpenError::new(&name, error))?;
+        let mut above = above.to_vec();
+        above.push(from.clone());
+        if above.iter().any(|other| other.same_place(&locator)) {
+            return Err(OpenError::new(name, "the backing chain has a loop"));
+        }
+        if above.len() >= CHAIN_DEPTH_MAX {
+            let cause = format!("the backing chain has more than {CHAIN_DEPTH_MAX} images");
+            return Err(OpenError::new(name, cause));
+        }
+        let expect = description.pin.as_ref().and_then(version_of);
+        Ok(Self { locator, format: backing.format.clone(), expect, above })
+    }
+
+    /// Asks the origin of this step; with a pinned version it may be away.
+    pub(super) async fn origin(&self, shared: &Shared) -> Result<Arc<dyn Origin>, OpenError> {
+        let options = OriginOptions {
+            expect: self.expect.clone(),
+            reach: Reach::Preferred,
+            ..shared.options.origin.clone()
+        };
+        let origin = readonce_origin::open(&self.locator, &options, &shared.rt)
+            .await
+            .map_err(|error| OpenError::new(self.locator.printable(), error))?;
+        for note in origin.notes() {
+            shared.warn(format!("{}: {note}", self.locator.printable()));
+        }
+        shared.origins.lock().push(Arc::clone(&origin));
+        Ok(origin)
+    }
+
+    /// The source, opened at its first use.
+    pub(super) fn lazy(self, shared: &Arc<Shared>) -> Arc<Lazy> {
+        let shared = Arc::clone(shared);
+        Arc::new(Lazy::new(Box::new(move || {
+            let (step, shared) = (self.clone(), Arc::clone(&shared));
+            Box::pin(async move { Ok(step.open(&shared).await?) })
+        })))
+    }
+
+    fn open<'a>(self, shared: &'a Arc<Shared>) -> BoxFuture<'a, Result<Arc<dyn Source>, OpenError>> {
+        Box::pin(async move {
+            if let Some(image) = self.open_to_fill(shared).await? {
+                return Ok(image as Arc<dyn Source>);
+            }
+            let name = self.locator.printable();
+            let failed = |cause: String| OpenError::new(&name, cause);
+            let lock = lock_for_reading(&self.locator, &shared.options)
+                .map_err(|error| failed(error.to_string()))?;
+            shared.locks.lock().extend(lock);
+            let origin = self.origin(shared).await?;
+            let file: Arc<dyn ReadAt> = origin.clone();
+            let driver = driver_of(&*file, self.format.as_deref()).await.map_err(failed)?;
+            let description = driver.describe(&file).await.map_err(|error| failed(error.to_string()))?;
+            let mapper = driver.open(file).await.map_err(|error| failed(error.to_string()))?;
+            shared.opened(name.clone(), driver.name(), false);
+            let backing = self.next(shared, &description)?;
+            Ok(Arc::new(Base::new(mapper, origin, backing)) as Arc<dyn Source>)
+        })
+    }
+
+    /// A lower local image with copy-on-read of its own is filled, if it can be had for that.
+    async fn open_to_fill(&self, shared: &Arc<Shared>) -> Result<Option<Arc<Image>>, OpenError> {
+        let Locator::File(path) = &self.locator else { return Ok(None) };
+        if shared.options.copy_on_read == CopyOnRead::Off || shared.options.locks == Locks::Share {
+            return Ok(None);
+        }
+        let Ok(file) = LocalFile::open(path, OpenMode::ReadWrite) else { return Ok(None) };
+        let file = Arc::new(file);
+        let name = self.locator.printable();
+        let failed = |cause: String| OpenError::new(&name, cause);
+        let driver = driver_of(&*file, self.format.as_deref()).await.map_err(failed)?;
+        let readable: Arc<dyn ReadAt> = file.clone();
+        let description = driver.describe(&readable).await.map_err(|error| failed(error.to_string()))?;
+        if !description.copy_on_read || description.backing.is_none() {
+            return Ok(None);
+        }
+        match ImageLock::take(&file, Access::Write) {
+            Ok(lock) => shared.locks.lock().push(lock),
+            Err(error) => {
+                shared.warn(format!("{name} is not filled: {error}"));
+                return Ok(None);
+            }
+        }
+        let storage: Arc<dyn Storage> = file;
+        let mapper = driver
+            .open_writable(Arc::clone(&storage), Arc::clone(&shared.rt))
+            .await
+            .map_err(|error| failed(error.to_string()))?;
+        shared.opened(name.clone(), driver.name(), true);
+        let backing = self.next(shared, &description)?;
+        let options = ImageOptions { copy_on_read: true };
+        let image = Image::new(mapper, storage, backing, Arc::clone(&shared.rt), options);
+        image.start_reclaim();
+        shared.images.lock().push(Arc::clone(&image));
+        Ok(Some(image))
+    }
+
+    fn next(
+        &self,
+        shared: &Arc<Shared>,
+        description: &Description,
+    ) -> Result<Option<Arc<dyn Source>>, OpenError> {
+        let Some(backing) = &description.backing else { return Ok(None) };
+        let step = Step::down(shared, &self.locator, description, backing, &self.above)?;
+        Ok(Some(step.lazy(shared) as Arc<dyn Source>))
+    }
+}
+
+/// A backing that is not to be asked, and why.
+pub(super) fn refused(cause: String) -> Arc<dyn Source> {
+    Arc::new(Lazy::new(Box::new(move || {
+        let error = LayerError::NoBacking(cause.clone());
+        Box::pin(std::future::ready(Err(error)))
+    })))
+}

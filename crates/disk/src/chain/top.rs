@@ -1,0 +1,257 @@
+//! The top of a chain, opened to be used.
+//!
+//! - An image is opened for writing if the guest may write or fills are wanted; if it cannot be, a read-only export goes on
+//!   with a warning and reads pass through.
+//! - Before anything is written, the image is pinned to the version of its backing (I6). A local image as a backing
+//!   is not pinned: filling it changes its file, not what it shows.
+
+use std::{io, sync::Arc};
+
+use readonce_format::{
+    Driver, Mapping,
+    driver::{Description, HeaderChange, Pin},
+};
+use readonce_origin::Locator;
+use readonce_storage::{
+    ImageLock, LocalFile, ReadAt, Rt, Storage,
+    local::OpenMode,
+    lock::{Access, LockError},
+};
+
+use super::{
+    Chain, ChainOptions, CopyOnRead, Locks, OnChange, OpenError, Reporter, Shared,
+    backing::{Step, refused},
+    driver_of,
+    layers::lock_for_reading,
+};
+use crate::{Base, Disk, Image, ImageOptions, Source, Top};
+
+/// Opens the chain whose top is at `name`.
+///
+/// # Errors
+/// The top cannot be opened or locked; its backing is refused by policy; its backing cannot be reached and no version of it
+/// is pinned.
+pub async fn open(
+    name: &str,
+    options: ChainOptions,
+    rt: Rt,
+    report: Reporter,
+) -> Result<Chain, OpenError> {
+    let locator = Locator::parse(name, None).map_err(|error| OpenError::new(name, error))?;
+    let read_only = options.read_only;
+    let shared = Arc::new(Shared {
+        options,
+        rt,
+        report,
+        images: Default::default(),
+        locks: Default::default(),
+        origins: Default::default(),
+    });
+    let top = Opening { shared: Arc::clone(&shared), locator }.open().await?;
+    Ok(Chain { disk: Arc::new(Disk::new(top, read_only)), shared })
+}
+
+struct Opening {
+    shared: Arc<Shared>,
+    locator: Locator,
+}
+
+impl Opening {
+    fn failed(&self, cause: impl ToString) -> OpenError {
+        OpenError::new(self.locator.printable(), cause)
+    }
+
+    fn options(&self) -> &ChainOptions {
+        &self.shared.options
+    }
+
+    async fn open(&self) -> Result<Top, OpenError> {
+        let Locator::File(path) = &self.locator else {
+            if !self.options().read_only {
+                self.shared.warn("what is not local is read-only");
+            }
+            return self.open_base().await;
+        };
+        let file = match LocalFile::open(path, OpenMode::ReadWrite) {
+            Ok(file) => Arc::new(file),
+            Err(error) if self.options().read_only && cannot_write(&error) => {
+                if self.options().copy_on_read != CopyOnRead::Off {
+                    self.shared.warn(format!("{error}: it is not filled, reads pass through"));
+                }
+                return self.open_base().await;
+            }
+            Err(error) => return Err(self.failed(error)),
+        };
+        let driver =
+            driver_of(&*file, self.options().format.as_deref()).await.map_err(|error| self.failed(error))?;
+        if driver.name() == "raw" && self.options().format.is_none() && !self.options().read_only {
+            return Err(self.failed(
+                "its format is not known, and a file is never guessed to be raw for writing: say -f raw",
+            ));
+        }
+        let readable: Arc<dyn ReadAt> = file.clone();
+        let description = driver.describe(&readable).await.map_err(|error| self.failed(error))?;
+        let copy_on_read = self.copy_on_read(&description)?;
+        if self.options().read_only && !copy_on_read {
+            return self.open_base().await;
+        }
+        self.open_image(file, driver, description, copy_on_read).await
+    }
+
+    fn copy_on_read(&self, description: &Description) -> Result<bool, OpenError> {
+        match (self.options().copy_on_read, description.backing.is_some()) {
+            (CopyOnRead::On, false) => {
+                Err(self.failed("copy-on-read was asked for, but the image has no backing file"))
+            }
+            (CopyOnRead::On, true) => Ok(true),
+            (CopyOnRead::Off, _) | (CopyOnRead::Auto, false) => Ok(false),
+            (CopyOnRead::Auto, true) => Ok(description.copy_on_read),
+        }
+    }
+
+    /// The top as a read-only layer, by the same way as any lower one.
+    async fn open_base(&self) -> Result<Top, OpenError> {
+        let name = self.locator.printable();
+        let lock = lock_for_reading(&self.locator, self.options()).map_err(|error| self.failed(error))?;
+        self.shared.locks.lock().extend(lock);
+        let origin = readonce_origin::open(&self.locator, &self.options().origin, &self.shared.rt)
+            .await
+            .map_err(|error| self.failed(error))?;
+        self.shared.origins.lock().push(Arc::clone(&origin));
+        let file: Arc<dyn ReadAt> = origin.clone();
+        let driver =
+            driver_of(&*file, self.options().format.as_deref()).await.map_err(|error| self.failed(error))?;
+        let description = driver.describe(&file).await.map_err(|error| self.failed(error))?;
+        let mapper = driver.open(file).await.map_err(|error| self.failed(error))?;
+        self.shared.opened(name, driver.name(), false);
+        let size = mapper.geometry().size;
+        let backing = self.backing(&description).await?;
+        Ok(Top::Base(Arc::new(Base::new(mapper, origin, backing)), size))
+    }
+
+    async fn open_image(
+        &self,
+        file: Arc<LocalFile>,
+        driver: &'static dyn Driver,
+        mut description: Description,
+        copy_on_read: bool,
+    ) -> Result<Top, OpenError> {
+        if self.options().locks == Locks::Take {
+            match ImageLock::take(&file, Access::Write) {
+                Ok(lock) => self.shared.locks.lock().push(lock),
+                Err(error @ LockError::Unsupported { .. }) => self.shared.warn(error.to_string()),
+                Err(error) => return Err(self.failed(error)),
+            }
+        }
+        let storage: Arc<dyn Storage> = file;
+        if description.pin.is_some() && !description.only_readonce_wrote {
+            self.shared.warn(format!(
+                "{}: another program wrote this image since its backing was pinned; whether it read the same version cannot \
+                 be told",
+                self.locator.printable()
+            ));
+        }
+        let backing = self.pinned_backing(&storage, driver, &mut description).await?;
+        let mapper = driver
+            .open_writable(Arc::clone(&storage), Arc::clone(&self.shared.rt))
+            .await
+            .map_err(|error| self.failed(error))?;
+        self.shared.opened(self.locator.printable(), driver.name(), true);
+        let image =
+            Image::new(mapper, storage, backing, Arc::clone(&self.shared.rt), ImageOptions { copy_on_read });
+        image.start_reclaim();
+        self.shared.images.lock().insert(0, Arc::clone(&image));
+        Ok(Top::Image(image))
+    }
+
+    /// The backing of an image that will be written, pinned if it was not.
+    async fn pinned_backing(
+        &self,
+        storage: &Arc<dyn Storage>,
+        driver: &dyn Driver,
+        description: &mut Description,
+    ) -> Result<Option<Arc<dyn Source>>, OpenError> {
+        let may_ask = !self.options().no_backing_files && self.options().on_change != OnChange::Offline;
+        if may_ask && let Some(backing) = &description.backing {
+            let repin = self.options().on_change == OnChange::Repin;
+            let mut step = Step::down(&self.shared, &self.locator, description, backing, &[])?;
+            if can_be_pinned(&step) && (description.pin.is_none() || repin) {
+                let pinned = step.expect.take();
+                let origin = step.origin(&self.shared).await?;
+                let pin = Pin { validator: origin.validator(), len: origin.len() };
+                let found = super::layers::version_of(&pin);
+                if pinned.is_some() && pinned != found {
+                    self.check_nothing_is_local(storage, driver, description).await?;
+                }
+                if pinned.is_none() || pinned != found {
+                    let change = HeaderChange::Pin(pin.clone());
+                    match driver.change(storage, &change).await {
+                        Ok(()) => description.pin = Some(pin),
+                        Err(error) => self.shared.warn(format!(
+                            "the version of the backing cannot be kept in {}: {error}",
+                            self.locator.printable()
+                        )),
+                    }
+                }
+            }
+        }
+        self.backing(description).await
+    }
+
+    async fn check_nothing_is_local(
+        &self,
+        storage: &Arc<dyn Storage>,
+        driver: &dyn Driver,
+        description: &Description,
+    ) -> Result<(), OpenError> {
+        let mapper = driver.open(storage.clone()).await.map_err(|error| self.failed(error))?;
+        let mut at = 0;
+        while at < description.virtual_size {
+            let extent = mapper
+                .lookup(at, description.virtual_size - at)
+                .await
+                .map_err(|error| self.failed(error))?;
+            if extent.mapping != Mapping::Absent {
+                return Err(self.failed(
+                    "the backing changed, and the image holds clusters of the old version already: --on-change=repin is \
+                     only for an image that holds none",
+                ));
+            }
+            at += extent.len;
+        }
+        Ok(())
+    }
+
+    /// What the image has behind it. Tried now; an image that knows its backing's version goes on without.
+    async fn backing(&self, description: &Description) -> Result<Option<Arc<dyn Source>>, OpenError> {
+        let Some(backing) = &description.backing else { return Ok(None) };
+        let name = self.locator.printable();
+        if self.options().no_backing_files {
+            return Ok(Some(refused(format!("{name}: backing files are off (--no-backing-files)"))));
+        }
+        if self.options().on_change == OnChange::Offline {
+            return Ok(Some(refused(format!("{name}: its backing is not asked (--on-change=offline)"))));
+        }
+        let step = Step::down(&self.shared, &self.locator, description, backing, &[])?;
+        let lazy = step.lazy(&self.shared);
+        if let Err(error) = lazy.source().await {
+            if description.pin.is_none() {
+                let cause = error.to_string();
+                return Err(self.failed(format!("Could not open backing file: {cause}")));
+            }
+            self.shared.warn(format!("{error}; what is local can be read, the rest fails until it is back"));
+        }
+        Ok(Some(lazy))
+    }
+}
+
+fn can_be_pinned(step: &Step) -> bool {
+    match &step.locator {
+        Locator::Http(_) => true,
+        Locator::File(_) => step.format.as_deref() == Some("raw"),
+    }
+}
+
+fn cannot_write(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem)
+}
