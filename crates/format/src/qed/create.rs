@@ -28,7 +28,10 @@ use crate::{
 pub(super) const OPTIONS: &[OptionSpec] = &[
     OptionSpec { name: "cluster_size", help: "Cluster size (in bytes)" },
     OptionSpec { name: "table_size", help: "L1/L2 table size (in clusters)" },
-    OptionSpec { name: "copy_on_read", help: "Copy what is read from the backing file into the image (on/off)" },
+    OptionSpec {
+        name: "copy_on_read",
+        help: "Copy what is read from the backing file into the image (on/off)",
+    },
 ];
 
 const CLUSTER_SIZE_DEFAULT: u64 = 64 << 10;
@@ -44,11 +47,8 @@ struct Options {
 
 impl Options {
     fn parse(options: &[(String, Option<String>)]) -> Result<Self, FormatError> {
-        let mut parsed = Self {
-            cluster_size: CLUSTER_SIZE_DEFAULT,
-            table_size: TABLE_SIZE_DEFAULT,
-            copy_on_read: false,
-        };
+        let mut parsed =
+            Self { cluster_size: CLUSTER_SIZE_DEFAULT, table_size: TABLE_SIZE_DEFAULT, copy_on_read: false };
         for (name, value) in options {
             let value = value.as_deref();
             match name.as_str() {
@@ -187,7 +187,9 @@ fn plan(spec: &CreateSpec) -> Result<Plan, FormatError> {
 pub(super) fn check_name(name: &str) -> Result<(), FormatError> {
     let len = bytes(name.len());
     if name.is_empty() || name.contains('\0') {
-        return Err(FormatError::Invalid("the backing file name must not be empty or hold a zero byte".into()));
+        return Err(FormatError::Invalid(
+            "the backing file name must not be empty or hold a zero byte".into(),
+        ));
     }
     if len > BACKING_NAME_BYTES_MAX {
         return Err(FormatError::Invalid(format!(

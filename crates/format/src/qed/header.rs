@@ -103,8 +103,9 @@ impl Header {
             return Err(FormatError::corrupt("file length", file_len, "must be at least 512 bytes"));
         }
         let head = file.read(0, index(SECTOR_BYTES)).await?;
-        let sector = HeaderSector::read_from_bytes(&head)
-            .map_err(|_| FormatError::corrupt("header", format!("{} bytes", head.len()), "must be 512 bytes"))?;
+        let sector = HeaderSector::read_from_bytes(&head).map_err(|_| {
+            FormatError::corrupt("header", format!("{} bytes", head.len()), "must be 512 bytes")
+        })?;
         let layout = check(&sector.fields, file_len)?;
         let mut header = Self { sector, layout, backing: None, pin: None, record_bytes: 0 };
         header.backing = header.read_backing(file).await?;
@@ -129,7 +130,11 @@ impl Header {
             .ok()
             .filter(|name| !name.contains('\0'))
             .ok_or_else(|| {
-                FormatError::corrupt("backing_filename", name.escape_ascii(), "must be UTF-8 without zero bytes")
+                FormatError::corrupt(
+                    "backing_filename",
+                    name.escape_ascii(),
+                    "must be UTF-8 without zero bytes",
+                )
             })?
             .to_owned();
         let raw = fields.features.get() & FEATURE_BACKING_NO_PROBE != 0;
@@ -221,8 +226,13 @@ fn check(fields: &Fields, file_len: u64) -> Result<Layout, FormatError> {
             format!("must be a multiple of 512 and at most {size_max}"),
         ));
     }
-    let layout =
-        Layout { cluster_size, table_size, header_bytes, l1_offset: fields.l1_table_offset.get(), image_size };
+    let layout = Layout {
+        cluster_size,
+        table_size,
+        header_bytes,
+        l1_offset: fields.l1_table_offset.get(),
+        image_size,
+    };
     if !layout.valid_l1(file_len) {
         return Err(FormatError::corrupt(
             "l1_table_offset",

@@ -100,7 +100,8 @@ impl Layout {
 
     /// Whether `clusters` clusters from `offset` may be used in a file of `file_len` bytes.
     fn valid_run(&self, offset: u64, clusters: u64, file_len: u64) -> bool {
-        let Some(end) = clusters.checked_mul(self.cluster_size).and_then(|len| offset.checked_add(len)) else {
+        let Some(end) = clusters.checked_mul(self.cluster_size).and_then(|len| offset.checked_add(len))
+        else {
             return false;
         };
         offset.is_multiple_of(self.cluster_size)

@@ -2,7 +2,9 @@
 //!
 //! - `header`, `record`, `layout`: what lies where in the file, and which values are valid.
 //! - `slice`, `cache`, `tables`: the tables in memory; `reader`: an image open for reading.
-//! - `create`, `change`: a new image, a changed header.
+//! - `writer`: an image open for writing; `alloc`: space in the file, `links`: what is linked in memory and not yet on disk,
+//!   `flush`: how it gets there, `mark`: NEED_CHECK, `reclaim`: what a crash left.
+//! - `create`, `change`: a new image, a changed header. `scan`, `check`, `repair`: an image as a whole.
 //!
 //! Extensions that the specification leaves room for, and that QEMU keeps or clears by the rules for unknown bits: compat bit
 //! 0x01, copy-on-read is the image's default; compat bit 0x02 with autoclear bit 0x01, a pin (`record`).
@@ -10,21 +12,30 @@
 #![deny(clippy::unwrap_used, clippy::indexing_slicing, clippy::as_conversions)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::as_conversions))]
 
+mod alloc;
 mod cache;
 mod change;
+mod check;
 mod create;
+mod flush;
 mod header;
 mod layout;
+mod links;
+mod mark;
 mod reader;
+mod reclaim;
 mod record;
+mod repair;
+mod scan;
 mod slice;
 mod tables;
+mod writer;
 
 use std::sync::Arc;
 
 use readonce_storage::{BoxFuture, ReadAt, Rt, Storage};
 
-use self::{header::Header, reader::Reader};
+use self::{header::Header, reader::Reader, writer::Writer};
 use crate::{
     Driver, FormatError, Mapper, WritableMapper,
     driver::{CheckReport, CreateSpec, Description, HeaderChange, OptionSpec, Repair},
@@ -59,27 +70,33 @@ impl Driver for Qed {
     }
 
     fn open(&self, file: Arc<dyn ReadAt>) -> BoxFuture<'static, Result<Arc<dyn Mapper>, FormatError>> {
-        Box::pin(async move { Ok(Arc::new(Reader::open(file).await?) as Arc<dyn Mapper>) })
+        Box::pin(async move {
+            let mapper: Arc<dyn Mapper> = Arc::new(Reader::open(file).await?);
+            Ok(mapper)
+        })
     }
 
     fn open_writable(
         &self,
-        _file: Arc<dyn Storage>,
-        _rt: Rt,
+        file: Arc<dyn Storage>,
+        rt: Rt,
     ) -> BoxFuture<'static, Result<Arc<dyn WritableMapper>, FormatError>> {
-        Box::pin(async move { Err(FormatError::Unsupported("writing is not there yet".into())) })
+        Box::pin(async move {
+            let mapper: Arc<dyn WritableMapper> = Arc::new(Writer::open(file, rt).await?);
+            Ok(mapper)
+        })
     }
 
-    fn check<'a>(&self, _file: &'a Arc<dyn ReadAt>) -> BoxFuture<'a, Result<CheckReport, FormatError>> {
-        Box::pin(async move { Err(FormatError::Unsupported("checking is not there yet".into())) })
+    fn check<'a>(&self, file: &'a Arc<dyn ReadAt>) -> BoxFuture<'a, Result<CheckReport, FormatError>> {
+        Box::pin(check::check(file))
     }
 
     fn repair<'a>(
         &self,
-        _file: &'a Arc<dyn Storage>,
-        _repair: Repair,
+        file: &'a Arc<dyn Storage>,
+        repair: Repair,
     ) -> BoxFuture<'a, Result<CheckReport, FormatError>> {
-        Box::pin(async move { Err(FormatError::Unsupported("checking is not there yet".into())) })
+        Box::pin(repair::repair(file, repair))
     }
 
     fn change<'a>(

@@ -112,14 +112,6 @@ impl Slice {
         }
     }
 
-    /// Every offset in the slice.
-    pub(super) fn offsets(&self) -> impl Iterator<Item = u64> {
-        self.entries.iter().filter_map(|entry| match Entry::from_memory(entry.load(Ordering::Acquire)) {
-            Entry::At(offset) => Some(offset),
-            _ => None,
-        })
-    }
-
     /// The error for the bad entry `at`, `field` saying of which table.
     pub(super) fn corrupt(&self, field: &str, at: u64) -> FormatError {
         FormatError::corrupt(

@@ -8,7 +8,7 @@
 //! - Memory: the cache, the pinned slices (bounded by what is in flight and unlinked), and the part of the L1 table that
 //!   the guest's size uses (at most 32 MiB), read in slices when first needed.
 //!
-//! Not here: changes.
+//! Not here: which changes are on disk (`links`, `flush`).
 
 use std::{
     collections::BTreeMap,
@@ -160,8 +160,7 @@ impl Tables {
         let file_len = self.file.len();
         let at = self.layout.l1_offset + slice_index * SLICE_BYTES;
         let read = self.file.read(at, index(SLICE_BYTES)).await?;
-        let slice =
-            Slice::decode(slice_index, &read, false, |offset| self.layout.valid_l2(offset, file_len));
+        let slice = Slice::decode(slice_index, &read, false, |offset| self.layout.valid_l2(offset, file_len));
         Ok(place.get_or_init(|| slice))
     }
 
@@ -176,7 +175,8 @@ impl Tables {
     }
 
     fn find_loaded(&self, slice_index: u64) -> Option<Arc<Slice>> {
-        let pinned = self.shard(slice_index).pinned.lock().get(&slice_index).map(|pinned| pinned.slice.clone());
+        let pinned =
+            self.shard(slice_index).pinned.lock().get(&slice_index).map(|pinned| pinned.slice.clone());
         pinned.or_else(|| self.cache.find(slice_index).and_then(|found| found.as_ref().cloned()))
     }
 
@@ -214,6 +214,78 @@ impl Tables {
         Ok(slice)
     }
 
+    /// Reads the slice if need be, and keeps it findable until the pin goes. The L2 table must exist.
+    pub(super) async fn pin(self: &Arc<Self>, slice_index: u64, table: u64) -> Result<Pin, FormatError> {
+        let shard = self.shard(slice_index);
+        let _load = shard.load.lock().await;
+        let slice = self.load_locked(slice_index, table).await?;
+        let mut pinned = shard.pinned.lock();
+        let entry = pinned.entry(slice_index).or_insert_with(|| Pinned { slice: slice.clone(), pins: 0 });
+        entry.pins += 1;
+        let first = entry.pins == 1;
+        Ok(Pin { tables: self.clone(), slice, first })
+    }
+
+    /// Reads the part of the L1 table that the guest's size uses, again where it is in memory already, and learns where
+    /// L2 tables lie. Cached L2 slices are forgotten; nothing may be pinned.
+    ///
+    /// # Errors
+    /// `Corrupt` where an entry is not valid, or two tables share a cluster.
+    pub(super) async fn load_l1(&self) -> Result<(), FormatError> {
+        let file_len = self.file.len();
+        let mut regions = BTreeMap::new();
+        for (slice_index, place) in (0..).zip(&self.l1) {
+            let at = self.layout.l1_offset + slice_index * SLICE_BYTES;
+            let read = self.file.read(at, index(SLICE_BYTES)).await?;
+            let slice =
+                Slice::decode(slice_index, &read, false, |offset| self.layout.valid_l2(offset, file_len));
+            for at in 0..SLICE_ENTRIES {
+                match slice.entry(at) {
+                    Entry::At(table) => {
+                        self.add_region(&mut regions, table, slice_index * SLICE_ENTRIES + at)?
+                    }
+                    Entry::Bad => return Err(slice.corrupt("L1", at)),
+                    Entry::Absent | Entry::Zero => {}
+                }
+            }
+            if let Err(slice) = place.set(slice)
+                && let Some(old) = place.get()
+            {
+                (0..SLICE_ENTRIES).for_each(|at| old.set(at, slice.entry(at)));
+            }
+        }
+        *self.regions.write() = regions;
+        self.cache.clear();
+        Ok(())
+    }
+
+    fn add_region(
+        &self,
+        regions: &mut BTreeMap<u64, u64>,
+        table: u64,
+        l1_index: u64,
+    ) -> Result<(), FormatError> {
+        let table_bytes = self.layout.table_bytes();
+        let before = regions.range(..=table).next_back();
+        let after = regions.range(table..).next();
+        let meets = before.filter(|&(&other, _)| other + table_bytes > table);
+        let meets = meets.or(after.filter(|&(&other, _)| table + table_bytes > other));
+        if let Some((&other, other_index)) = meets {
+            return Err(FormatError::corrupt(
+                format!("L1 entry {l1_index}"),
+                format!("{table:#x}"),
+                format!("must not share a cluster with the table at {other:#x} of L1 entry {other_index}"),
+            ));
+        }
+        regions.insert(table, l1_index);
+        Ok(())
+    }
+
+    /// A new L2 table lies at `table`.
+    pub(super) fn table_made(&self, table: u64, l1_index: u64) {
+        self.regions.write().insert(table, l1_index);
+    }
+
     fn decode_l2(&self, slice_index: u64, read: &[u8]) -> Slice {
         let file_len = self.file.len();
         let regions = self.regions.read();
@@ -227,10 +299,51 @@ impl Tables {
             if clear.contains(&offset) {
                 return true;
             }
-            let before_end = regions.range(..=offset).next_back().map_or(0, |(&table, _)| table + table_bytes);
+            let before_end =
+                regions.range(..=offset).next_back().map_or(0, |(&table, _)| table + table_bytes);
             let next = regions.range(offset..).next().map_or(u64::MAX, |(&table, _)| table);
             clear = before_end..next;
             clear.contains(&offset)
         })
+    }
+}
+
+/// A slice that stays findable in memory: it holds, or will hold, what the file does not have yet.
+pub(super) struct Pin {
+    tables: Arc<Tables>,
+    slice: Arc<Slice>,
+    first: bool,
+}
+
+impl Pin {
+    /// Whether nobody else held the slice when this pin was made.
+    pub(super) fn is_first(&self) -> bool {
+        self.first
+    }
+
+    pub(super) fn slice(&self) -> &Slice {
+        &self.slice
+    }
+}
+
+impl Clone for Pin {
+    fn clone(&self) -> Self {
+        let slice_index = self.slice.index;
+        if let Some(pinned) = self.tables.shard(slice_index).pinned.lock().get_mut(&slice_index) {
+            pinned.pins += 1;
+        }
+        Self { tables: self.tables.clone(), slice: self.slice.clone(), first: false }
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        let mut pinned = self.tables.shard(self.slice.index).pinned.lock();
+        if let Some(entry) = pinned.get_mut(&self.slice.index) {
+            entry.pins -= 1;
+            if entry.pins == 0 {
+                pinned.remove(&self.slice.index);
+            }
+        }
     }
 }

@@ -197,9 +197,9 @@ impl Driver for Raw {
                     file.set_len(size).await?;
                     Ok(file.sync().await?)
                 }
-                HeaderChange::CopyOnRead(_) => {
-                    Err(FormatError::Unsupported("Format driver 'raw' does not support option amendment".into()))
-                }
+                HeaderChange::CopyOnRead(_) => Err(FormatError::Unsupported(
+                    "Format driver 'raw' does not support option amendment".into(),
+                )),
                 HeaderChange::Backing(..) | HeaderChange::Pin(_) => {
                     Err(FormatError::Unsupported("A raw image has no backing file".into()))
                 }

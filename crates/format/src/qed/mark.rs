@@ -1,0 +1,138 @@
+//! The dirty mark (NEED_CHECK), and who may allocate.
+//!
+//! - The mark is written before the first cluster is handed out, with a backing file too. It is not synced by itself: the sync that
+//!   precedes every link covers it, so no link can be on disk without it.
+//! - It goes only while nothing holds a [`Ticket`]. Whoever wants one meanwhile waits.
+//! - Autoclear bits that are not ours are cleared in the same write, or at the first flush.
+//!
+//! Not here: whether the image deserves to lose the mark (`writer`).
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use readonce_storage::Storage;
+use zerocopy::IntoBytes;
+
+use super::header::{AUTOCLEAR_ONLY_READONCE, FEATURE_NEED_CHECK, HeaderSector};
+use crate::FormatError;
+
+pub(super) struct Mark {
+    file: Arc<dyn Storage>,
+    state: Mutex<State>,
+    /// What the file holds. Locked while it is written, and while the mark is being taken off.
+    sector: tokio::sync::Mutex<HeaderSector>,
+}
+
+struct State {
+    /// Whether the file has the mark and no foreign autoclear bit.
+    ready: bool,
+    /// Whether foreign autoclear bits are in the file.
+    foreign: bool,
+    /// Whether the mark is being taken off.
+    closing: bool,
+    tickets: u64,
+}
+
+/// Leave to allocate; while it lives the mark stays.
+pub(super) struct Ticket(Arc<Mark>);
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.0.state.lock().tickets -= 1;
+    }
+}
+
+impl Mark {
+    pub(super) fn new(file: Arc<dyn Storage>, sector: HeaderSector) -> Self {
+        let foreign = sector.fields.autoclear_features.get() & !AUTOCLEAR_ONLY_READONCE != 0;
+        let marked = sector.fields.features.get() & FEATURE_NEED_CHECK != 0;
+        let state = State { ready: marked && !foreign, foreign, closing: false, tickets: 0 };
+        Self { file, state: Mutex::new(state), sector: tokio::sync::Mutex::new(sector) }
+    }
+
+    /// Leave to allocate; writes the mark if it is not there.
+    pub(super) async fn begin(self: &Arc<Self>) -> Result<Ticket, FormatError> {
+        if let Some(ticket) = self.begin_now() {
+            return Ok(ticket);
+        }
+        let mut sector = self.sector.lock().await;
+        if let Some(ticket) = self.begin_now() {
+            return Ok(ticket);
+        }
+        let mut marked = *sector;
+        marked.fields.features = (marked.fields.features.get() | FEATURE_NEED_CHECK).into();
+        self.write(&mut sector, marked).await?;
+        let mut state = self.state.lock();
+        state.ready = true;
+        state.tickets += 1;
+        Ok(Ticket(self.clone()))
+    }
+
+    fn begin_now(self: &Arc<Self>) -> Option<Ticket> {
+        let mut state = self.state.lock();
+        (state.ready && !state.closing).then(|| {
+            state.tickets += 1;
+            Ticket(self.clone())
+        })
+    }
+
+    async fn write(&self, sector: &mut HeaderSector, mut new: HeaderSector) -> Result<(), FormatError> {
+        let autoclear = new.fields.autoclear_features.get() & AUTOCLEAR_ONLY_READONCE;
+        new.fields.autoclear_features = autoclear.into();
+        self.file.write(0, Bytes::copy_from_slice(new.as_bytes())).await?;
+        *sector = new;
+        self.state.lock().foreign = false;
+        Ok(())
+    }
+
+    /// Clears foreign autoclear bits. Data that the guest wrote in place is not known here, but it is flushed.
+    pub(super) async fn clear_foreign(&self) -> Result<(), FormatError> {
+        if !self.state.lock().foreign {
+            return Ok(());
+        }
+        let mut sector = self.sector.lock().await;
+        let same = *sector;
+        self.write(&mut sector, same).await
+    }
+
+    /// Holds up everyone who wants to allocate; `None` where somebody has a ticket.
+    pub(super) async fn close_begin(&self) -> Option<Closing<'_>> {
+        let sector = self.sector.lock().await;
+        let mut state = self.state.lock();
+        if state.tickets > 0 {
+            return None;
+        }
+        state.closing = true;
+        Some(Closing { mark: self, sector })
+    }
+}
+
+/// Nobody allocates while this lives.
+pub(super) struct Closing<'a> {
+    mark: &'a Mark,
+    sector: tokio::sync::MutexGuard<'a, HeaderSector>,
+}
+
+impl Closing<'_> {
+    /// Whether the file carries the mark.
+    pub(super) fn marked(&self) -> bool {
+        self.sector.fields.features.get() & FEATURE_NEED_CHECK != 0
+    }
+
+    /// Takes the mark off, durable when this returns. Everything else must be durable already.
+    pub(super) async fn clear(mut self) -> Result<(), FormatError> {
+        let mut clean = *self.sector;
+        clean.fields.features = (clean.fields.features.get() & !FEATURE_NEED_CHECK).into();
+        // From the first byte of this write on the file may be without the mark.
+        self.mark.state.lock().ready = false;
+        self.mark.write(&mut self.sector, clean).await?;
+        Ok(self.mark.file.sync().await?)
+    }
+}
+
+impl Drop for Closing<'_> {
+    fn drop(&mut self) {
+        self.mark.state.lock().closing = false;
+    }
+}
