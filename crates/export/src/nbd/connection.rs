@@ -155,7 +155,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 Step::Close(end) => self.closing = Some(end),
                 Step::Need(_) if self.setup.mailbox.is_stopping() => self.closing = Some(End::Stopped),
                 Step::Need(want) => match self.inbox.poll_fill(cx, &mut self.stream, want) {
-                    Poll::Ready(Ok(0)) => self.closing = Some(End::Closed),
+                    Poll::Ready(Ok(0)) => {
+                        // Nobody waits for them any more; an origin that is away would hold them for long.
+                        self.jobs.abort();
+                        self.closing = Some(End::Closed);
+                    }
                     Poll::Ready(Ok(_)) => continue,
                     Poll::Ready(Err(error)) => return Poll::Ready(error.into()),
                     Poll::Pending => is_reading = true,
@@ -481,12 +485,17 @@ impl Jobs {
         *self.slots.get_mut(completion.slot).expect("begin made the slot") = None;
         self.free.push(completion.slot);
     }
+
+    /// Aborts those that change nothing.
+    fn abort(&self) {
+        for abort in self.slots.iter().flatten() {
+            abort.abort();
+        }
+    }
 }
 
 impl Drop for Jobs {
     fn drop(&mut self) {
-        for abort in self.slots.iter().flatten() {
-            abort.abort();
-        }
+        self.abort();
     }
 }

@@ -31,14 +31,17 @@ pub(super) struct Outbox {
     sent: usize,
     /// Data beside the buffer, in order.
     shared: VecDeque<Shared>,
-    /// Bytes in `shared`.
+    /// Bytes that `shared` holds.
     shared_len: usize,
 }
 
 struct Shared {
     /// It is sent after this many bytes of the buffer.
     at: usize,
+    /// What is left to send of it.
     bytes: Bytes,
+    /// Bytes that it holds until all of them are sent.
+    held: usize,
 }
 
 impl Outbox {
@@ -85,7 +88,7 @@ impl Outbox {
     pub fn push_shared(&mut self, bytes: Bytes) {
         if !bytes.is_empty() {
             self.shared_len += bytes.len();
-            self.shared.push_back(Shared { at: self.len, bytes });
+            self.shared.push_back(Shared { at: self.len, held: bytes.len(), bytes });
         }
     }
 
@@ -150,9 +153,9 @@ impl Outbox {
             let shared = self.shared.front_mut().expect("the socket takes no more than it was given");
             let step = count.min(shared.bytes.len());
             bytes::Buf::advance(&mut shared.bytes, step);
-            self.shared_len -= step;
             count -= step;
             if shared.bytes.is_empty() {
+                self.shared_len -= shared.held;
                 self.shared.pop_front();
             }
         }
