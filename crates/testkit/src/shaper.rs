@@ -4,8 +4,8 @@
 //! - Half the round trip passes on each way, and a new connection pays one round trip for its handshake.
 //! - Memory is bounded: at most [`WINDOW_BYTES`] of each connection and direction, and the link holds no more than
 //!   [`QUEUE`] of its rate back.
-//! - Time is a virtual clock that says when the link is free. A timer that fires late lets the link catch up from its queue, so the
-//!   rate is exact although timers are not.
+//! - Time is a virtual clock that says when the link is free. Where a sender has bytes all the time, a timer that fires late lets
+//!   the link catch up, so the rate is exact although timers are not.
 //!
 //! Not here: loss, jitter, slow start. Every byte arrives, in order.
 
@@ -21,9 +21,9 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::AsyncWriteExt,
     net::{
         TcpListener, TcpStream,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
@@ -42,6 +42,9 @@ pub const QUEUE: Duration = Duration::from_millis(10);
 
 /// Bytes that one connection sends before the next has its turn.
 const TURN_BYTES: usize = 16 * 1024;
+
+/// How far behind the link may be and still catch up, where the sender had bytes for it all the time.
+const CATCH_UP_MAX: Duration = Duration::from_millis(200);
 
 /// Timers fire up to a millisecond late, half on average: a piece is let go so much early.
 const TIMER_LATENESS: Duration = Duration::from_micros(500);
@@ -152,14 +155,17 @@ async fn carry(
     counters: &Counters,
 ) {
     let opened = Instant::now() + spec.round_trip;
+    // The first byte of the client leaves once the handshake is over, that of the server once it has heard of it.
+    let first_up = opened + spec.round_trip / 2;
+    let first_down = opened + spec.round_trip;
     let Ok(server) = TcpStream::connect(target).await else { return };
     if client.set_nodelay(true).is_err() || server.set_nodelay(true).is_err() {
         return;
     }
     let (client_read, client_write) = client.into_split();
     let (server_read, server_write) = server.into_split();
-    let upward = one_way(client_read, server_write, up, opened, &counters.up_bytes);
-    let downward = one_way(server_read, client_write, down, opened, &counters.down_bytes);
+    let upward = one_way(client_read, server_write, up, first_up, &counters.up_bytes);
+    let downward = one_way(server_read, client_write, down, first_down, &counters.down_bytes);
     // An error on either way cuts both, as a reset does; an end is passed on by itself.
     let _ = tokio::try_join!(upward, downward);
 }
@@ -177,28 +183,40 @@ impl Line {
     }
 
     /// Takes `len` bytes in as soon as there is room; returns when they arrive at the other end.
-    async fn send(&self, len: usize) -> Instant {
+    async fn send(&self, len: usize, supply: Supply) -> Instant {
         let one_way = self.spec.round_trip / 2;
         if self.spec.bits_per_second == 0 {
             return Instant::now() + one_way;
         }
+        let ready = Instant::now();
         let mut free_at = self.free_at.lock().await;
-        let mut now = Instant::now();
-        if *free_at > now + QUEUE {
+        if *free_at > Instant::now() + QUEUE {
             tokio::time::sleep_until(*free_at - QUEUE).await;
-            now = Instant::now();
         }
+        let begins = match supply {
+            Supply::Fresh => ready,
+            Supply::Backlog => ready - CATCH_UP_MAX,
+        };
         let nanos = len as u128 * 8 * 1_000_000_000 / u128::from(self.spec.bits_per_second);
-        *free_at = (*free_at).max(now) + Duration::from_nanos(nanos as u64);
+        *free_at = (*free_at).max(begins) + Duration::from_nanos(nanos as u64);
         *free_at + one_way
     }
 }
 
+/// Since when bytes have been waiting for the link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Supply {
+    /// They came just now.
+    Fresh,
+    /// They lay there all the time: a real link would have gone on sending while our timer, or our turn on the processor, was late.
+    Backlog,
+}
+
 async fn one_way(
-    mut from: OwnedReadHalf,
+    from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     line: &Line,
-    opened: Instant,
+    not_before: Instant,
     count: &AtomicU64,
 ) -> io::Result<()> {
     let window = Arc::new(Semaphore::new(WINDOW_BYTES));
@@ -207,16 +225,34 @@ async fn one_way(
         let mut buf = BytesMut::new();
         loop {
             buf.reserve(TURN_BYTES);
-            let len = (&mut from).take(TURN_BYTES as u64).read_buf(&mut buf).await?;
+            let mut supply = Supply::Backlog;
+            let len = loop {
+                match from.try_read_buf(&mut (&mut buf).limit(TURN_BYTES)) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        supply = Supply::Fresh;
+                        from.readable().await?;
+                    }
+                    done => break done?,
+                }
+            };
             if len == 0 {
-                // Dropping the sender ends the other half after what is under way.
+                // The end takes its time too. Dropping the sender ends the other half after it.
+                let arrives = line.send(0, Supply::Fresh).await.max(not_before);
+                let _ = sender.send((arrives, Bytes::new()));
                 drop(sender);
                 return io::Result::Ok(());
             }
             // The channel has no bound of its own: the window is.
-            let room = window.acquire_many(len as u32).await.expect("the window is never closed");
+            let room = match window.try_acquire_many(len as u32) {
+                Ok(room) => room,
+                Err(_) => {
+                    // The receiver held the sender up, and the link was free.
+                    supply = Supply::Fresh;
+                    window.acquire_many(len as u32).await.expect("the window is never closed")
+                }
+            };
             room.forget();
-            let arrives = line.send(len).await.max(opened);
+            let arrives = line.send(len, supply).await.max(not_before);
             if sender.send((arrives, buf.split().freeze())).is_err() {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
@@ -227,8 +263,9 @@ async fn one_way(
             if arrives > Instant::now() + TIMER_LATENESS {
                 tokio::time::sleep_until(arrives - TIMER_LATENESS).await;
             }
-            to.write_all(&bytes).await?;
+            // Before the write: who has the last byte must find it counted.
             count.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            to.write_all(&bytes).await?;
             window.add_permits(bytes.len());
         }
         to.shutdown().await

@@ -89,14 +89,14 @@ async fn check(spec: LinkSpec, connections: usize, bytes: usize) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_link_of_100_megabit_is_never_faster() {
-    check(LinkSpec::new(100, 40), 1, 4_000_000).await;
-    check(LinkSpec::new(100, 40), 8, 500_000).await;
+    check(LinkSpec::new(100, 40), 1, 8_000_000).await;
+    check(LinkSpec::new(100, 40), 8, 1_000_000).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_link_of_one_gigabit_is_never_faster() {
-    check(LinkSpec::new(1000, 40), 1, 40_000_000).await;
-    check(LinkSpec::new(1000, 40), 8, 5_000_000).await;
+    check(LinkSpec::new(1000, 40), 1, 60_000_000).await;
+    check(LinkSpec::new(1000, 40), 8, 7_500_000).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
