@@ -59,7 +59,8 @@ pub trait Storage: ReadAt {
     /// Cuts or grows the file to `len` bytes; new bytes read as zeros.
     fn set_len(&self, len: u64) -> BoxFuture<'_, io::Result<()>>;
 
-    /// Makes every write, cut and hole that completed before this call durable.
+    /// Makes every write, cut and hole that completed before this call durable. Its error is never "no space": what it
+    /// should have covered may be lost, and another sync does not bring it back.
     fn sync(&self) -> BoxFuture<'_, io::Result<()>>;
 }
 

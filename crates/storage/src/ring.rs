@@ -186,16 +186,14 @@ impl Ring {
         result.map(drop)
     }
 
-    /// Has the kernel write the file's dirty pages out, and calls `on_done` when that ended. Waits for nothing; does
-    /// nothing and gives `on_done` back when every slot is taken.
+    /// Has the kernel write the file's dirty pages out, and calls `on_done` when all are handed to the device. Waits for
+    /// nothing; does nothing and gives `on_done` back when every slot is taken.
     pub(crate) fn start_writeback(&'static self, file: &Arc<OwnedFd>, on_done: OnDone) -> Result<(), OnDone> {
         let Ok(slot) = self.slots.try_acquire() else { return Err(on_done) };
         self.begin(file, Buffer::None, slot, Some(on_done), |fd, _| {
-            // From 0, length 0: all of the file.
-            let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
-                | libc::SYNC_FILE_RANGE_WRITE
-                | libc::SYNC_FILE_RANGE_WAIT_AFTER;
-            opcode::SyncFileRange::new(fd, 0).flags(flags).build()
+            // From 0, length 0: all of the file. Without the WAIT flags: they would take a writeback error off the
+            // descriptor (`file_check_and_advance_wb_err`), and the next fdatasync would not see it and answer "durable".
+            opcode::SyncFileRange::new(fd, 0).flags(libc::SYNC_FILE_RANGE_WRITE).build()
         });
         Ok(())
     }

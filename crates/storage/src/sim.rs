@@ -12,6 +12,7 @@
 
 use std::{
     collections::BTreeMap,
+    fmt,
     future::poll_fn,
     io,
     ops::Range,
@@ -290,6 +291,17 @@ impl SimFile {
         let result = work(&mut self.inner.lock());
         self.pause().await;
         result
+    }
+}
+
+impl fmt::Debug for SimFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inner = self.inner.lock();
+        f.debug_struct("SimFile")
+            .field("len", &inner.now.len)
+            .field("unsynced", &inner.log.len())
+            .field("op_count", &inner.op_count)
+            .finish_non_exhaustive()
     }
 }
 
