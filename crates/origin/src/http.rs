@@ -5,7 +5,7 @@
 //!
 //! Not here: credentials, time limits.
 
-use std::{error::Error, sync::OnceLock};
+use std::{error::Error, sync::OnceLock, time::Duration};
 
 use futures_util::StreamExt;
 use readonce_storage::BoxFuture;
@@ -22,6 +22,12 @@ const STREAM_WINDOW_BYTES: u32 = 8 * 1024 * 1024;
 
 /// The same for all streams of a connection; what can lie unread in memory for one origin.
 const CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
+
+/// A connection whose other end stopped answering is found out and dropped within these, before a stalled request is tried
+/// again: on the same dead connection it would stall once more.
+const PING_EVERY: Duration = Duration::from_secs(10);
+/// How long a ping, or bytes that were sent, may stay without an answer.
+const PING_ANSWER_MAX: Duration = Duration::from_secs(15);
 
 /// Sends requests over the network.
 pub struct HttpTransport {
@@ -60,6 +66,12 @@ impl HttpTransport {
         let builder = Client::builder()
             .redirect(redirect::Policy::none())
             .user_agent(concat!("readonce/", env!("CARGO_PKG_VERSION")))
+            .tcp_keepalive(PING_EVERY)
+            .tcp_keepalive_interval(PING_ANSWER_MAX / 3)
+            .tcp_keepalive_retries(3)
+            .tcp_user_timeout(PING_ANSWER_MAX)
+            .http2_keep_alive_interval(PING_EVERY)
+            .http2_keep_alive_timeout(PING_ANSWER_MAX)
             .http2_initial_stream_window_size(STREAM_WINDOW_BYTES)
             .http2_initial_connection_window_size(CONNECTION_WINDOW_BYTES);
         let builder = match self.proxies {

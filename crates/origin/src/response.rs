@@ -10,7 +10,7 @@ use std::{ops::Range, time::Duration};
 
 use http::{HeaderMap, HeaderName, StatusCode, header};
 
-use crate::{Validator, Version, transport::Head};
+use crate::{Validator, Version, transport::Head, validator::brief};
 
 /// What a head means.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,13 +70,17 @@ fn judge_partial(headers: &HeaderMap, want: &Range<u64>, pinned: Option<&Version
     if let Some(encoding) = headers.get(header::CONTENT_ENCODING)
         && !encoding.as_bytes().eq_ignore_ascii_case(b"identity")
     {
-        return permanent(format!("the server sends the file encoded (Content-Encoding: {encoding:?})"));
+        return permanent(format!(
+            "the server sends the file encoded (Content-Encoding: {})",
+            brief(&format!("{encoding:?}"))
+        ));
     }
     let last = want.end.saturating_sub(1);
     let asked = format!("asked for bytes {}-{last}", want.start);
     let Some(sent) = text(headers, header::CONTENT_RANGE) else {
         return permanent(format!("206 without a Content-Range, {asked}"));
     };
+    let sent = &brief(sent);
     let total = match ContentRange::parse(sent) {
         Some(ContentRange::Part { first, last: sent_last, total }) => {
             if first != want.start || sent_last != last {
@@ -93,7 +97,7 @@ fn judge_partial(headers: &HeaderMap, want: &Range<u64>, pinned: Option<&Version
         return permanent(format!("Content-Range is '{sent}': it ends past the end of the file"));
     }
     match content_length(headers) {
-        Err(value) => return permanent(format!("Content-Length is '{value}'")),
+        Err(value) => return permanent(format!("Content-Length is '{}'", brief(&value))),
         Ok(Some(len)) if len != want.end.saturating_sub(want.start) => {
             return permanent(format!("Content-Length is {len} with Content-Range '{sent}'"));
         }

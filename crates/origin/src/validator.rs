@@ -16,6 +16,9 @@ pub const ENCODED_BYTES_MAX: usize = 1024;
 /// Bytes of an ETag or Last-Modified that still fit; a longer one is treated as absent.
 const TEXT_BYTES_MAX: usize = 960;
 
+/// Characters of a server's text in a message.
+const TEXT_SHOWN_MAX: usize = 200;
+
 /// First byte of the encoding.
 const ENCODING_VERSION: u8 = 1;
 
@@ -107,7 +110,8 @@ impl Validator {
         len: u64,
     ) -> Result<(), String> {
         let tag = etag.and_then(parse_etag);
-        let shown = || etag.map_or_else(|| "not there any more".to_string(), |etag| format!("is {etag}"));
+        let shown =
+            || etag.map_or_else(|| "not there any more".to_string(), |etag| format!("is {}", brief(etag)));
         match self {
             Self::StrongETag(expected) => match tag {
                 Some(ETag::Strong(found)) if found == *expected => Ok(()),
@@ -122,7 +126,7 @@ impl Validator {
             },
             Self::LastModified { date: expected, len: expected_len } => match last_modified.map(str::trim) {
                 Some(found) if found == expected => same_len(*expected_len, len),
-                Some(found) => Err(format!("Last-Modified was \"{expected}\", is \"{found}\"")),
+                Some(found) => Err(format!("Last-Modified was \"{expected}\", is \"{}\"", brief(found))),
                 None => Err(format!("Last-Modified was \"{expected}\", not there any more")),
             },
             Self::LengthOnly { len: expected_len } => same_len(*expected_len, len),
@@ -237,6 +241,14 @@ impl fmt::Display for Validator {
 
 fn same_len(expected: u64, found: u64) -> Result<(), String> {
     if expected == found { Ok(()) } else { Err(format!("length was {expected}, is {found}")) }
+}
+
+/// At most as much of a server's text as a sentence can take.
+pub(crate) fn brief(text: &str) -> String {
+    match text.char_indices().nth(TEXT_SHOWN_MAX) {
+        Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
+        None => text.to_string(),
+    }
 }
 
 enum ETag {

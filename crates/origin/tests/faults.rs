@@ -4,11 +4,12 @@
 
 mod common;
 
-use std::{ops::Range, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use common::{LEN, asked, content, faulty, fetch, fetch_right, open, opened, options};
-use readonce_origin::{FetchError, HttpVersion, OriginNote, OriginOptions, Reach, Validator, Version};
+use readonce_origin::{Class, FetchError, HttpVersion, OriginNote, OriginOptions, Reach, Validator, Version};
 use readonce_testkit::{Content, Fault, FaultyOrigin, OriginSpec, When};
+use tokio::sync::Semaphore;
 
 /// The range that `check` fetches.
 const RANGE: Range<u64> = 100_000..400_000;
@@ -100,16 +101,61 @@ async fn http2_is_one_connection_for_many_requests() {
     assert_eq!(server.body_bytes(), 1 + LEN);
 }
 
+/// Waits until the server holds so many requests.
+async fn held(server: &FaultyOrigin, count: u64) {
+    while server.in_flight() < count {
+        tokio::task::yield_now().await;
+    }
+}
+
 #[tokio::test]
 async fn requests_run_beside_each_other_up_to_the_limit() {
     let server = faulty().await;
     let options = OriginOptions { connections_max: 4, ..options() };
     let origin = opened(&server.url(), &options).await;
-    server.fault(When::always(), Fault::DelayHead(Duration::from_millis(30)));
+    let gate = Arc::new(Semaphore::new(0));
+    server.fault(When::always(), Fault::HoldHead(gate.clone()));
     let all = (0..20).map(|index| fetch_right(&*origin, index * 50_000..(index + 1) * 50_000));
-    futures_util::future::join_all(all).await;
+    let open_gate = async {
+        held(&server, 4).await;
+        gate.add_permits(20);
+    };
+    tokio::join!(futures_util::future::join_all(all), open_gate);
     assert_eq!(server.in_flight_max(), 4);
     assert_eq!(server.body_bytes(), 1 + LEN);
+}
+
+#[tokio::test]
+async fn demand_does_not_wait_for_the_background() {
+    let server = faulty().await;
+    let origin = opened(&server.url(), &options()).await;
+    let gate = Arc::new(Semaphore::new(0));
+    server.fault(When::always(), Fault::HoldHead(gate.clone()));
+    let stream = |index: u64| {
+        let origin = origin.clone();
+        async move {
+            let mut sink = |_, _| ();
+            origin
+                .fetch(index * 10..index * 10 + 10, Class::Stream, &mut sink)
+                .await
+                .expect("served in the end");
+        }
+    };
+    let streams: Vec<_> = (0..50).map(|index| tokio::spawn(stream(index))).collect();
+    // As many as the background may have are in flight, the others wait.
+    held(&server, 8).await;
+    let demand = tokio::spawn({
+        let origin = origin.clone();
+        async move { fetch_right(&*origin, 999_000..LEN).await }
+    });
+    held(&server, 9).await;
+    assert_eq!(asked(&server).last(), Some(&(999_000..LEN)), "demand overtakes the streams that wait");
+    gate.add_permits(51);
+    demand.await.expect("no panic");
+    for stream in streams {
+        stream.await.expect("no panic");
+    }
+    assert_eq!(server.body_bytes(), 1 + 500 + 1000);
 }
 
 #[tokio::test]
@@ -140,9 +186,11 @@ async fn a_broken_body_is_resumed_where_it_broke() {
 async fn a_stall_is_a_break_and_silence_before_the_head_too() {
     // 0.5 s of real time.
     let options = || OriginOptions { stall_timeout: Duration::from_secs(10), ..options() };
-    assert_resumed(&check_passes_with(Fault::StallAfter(70_000), options()).await, 70_000);
+    // On a loaded machine the next request may be late as well: what counts is where it goes on.
+    let asked = check_passes_with(Fault::StallAfter(70_000), options()).await;
+    assert_resumed(&asked[..2], 70_000);
     let asked = check_passes_with(Fault::DelayHead(Duration::from_secs(600)), options()).await;
-    assert_eq!(asked, [RANGE, RANGE]);
+    assert_eq!(asked[..2], [RANGE, RANGE]);
 }
 
 #[tokio::test]
@@ -211,7 +259,7 @@ async fn a_change_between_the_parts_of_a_resumed_body_is_seen() {
     server.fault(When::always().after(1), Fault::Version { etag: Some("\"v2\"".into()), content });
     let mut got = Vec::new();
     let mut sink = |_, piece: bytes::Bytes| got.extend_from_slice(&piece);
-    let result = origin.fetch(RANGE, readonce_origin::Class::Demand, &mut sink).await;
+    let result = origin.fetch(RANGE, Class::Demand, &mut sink).await;
     assert!(matches!(result, Err(FetchError::Changed { .. })), "{result:?}");
     let kept = RANGE.start..RANGE.start + got.len() as u64;
     assert!(got[..] == common::content().bytes(kept), "the pieces before the error are good");

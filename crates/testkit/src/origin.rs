@@ -33,6 +33,7 @@ use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
+    sync::Semaphore,
     time::Instant,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -204,6 +205,11 @@ impl FaultyOrigin {
         self.shared.connections.load(Ordering::Relaxed)
     }
 
+    /// Requests that wait for their head now.
+    pub fn in_flight(&self) -> u64 {
+        self.shared.in_flight.load(Ordering::Relaxed)
+    }
+
     /// The most requests that were waiting for their head at once.
     pub fn in_flight_max(&self) -> u64 {
         self.shared.in_flight_max.load(Ordering::Relaxed)
@@ -284,6 +290,7 @@ impl Drop for InFlight<'_> {
 #[derive(Default)]
 struct Plan {
     delay: Duration,
+    gate: Option<Arc<Semaphore>>,
     breaks: Option<(u64, Break)>,
     sized: bool,
     extra: u64,
@@ -300,6 +307,7 @@ impl Plan {
     fn add(&mut self, fault: Fault, spec: &mut OriginSpec) {
         match fault {
             Fault::DelayHead(duration) => self.delay = duration,
+            Fault::HoldHead(gate) => self.gate = Some(gate),
             Fault::StallAfter(bytes) => self.breaks = Some((bytes, Break::Stall)),
             Fault::PauseAfter(bytes, duration) => self.breaks = Some((bytes, Break::Pause(duration))),
             Fault::CutAfter(bytes) => self.breaks = Some((bytes, Break::Cut)),
@@ -347,6 +355,9 @@ async fn answer(
     let in_flight = InFlight(&shared.in_flight);
     if !plan.delay.is_zero() {
         tokio::time::sleep(plan.delay).await;
+    }
+    if let Some(gate) = &plan.gate {
+        gate.acquire().await.expect("a gate is not closed").forget();
     }
     drop(in_flight);
     if plan.reset {

@@ -2,7 +2,9 @@
 //!
 //! Not here: how it is done (`origin`, `origin_body`).
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
+
+use tokio::sync::Semaphore;
 
 use crate::content::Content;
 
@@ -11,6 +13,8 @@ use crate::content::Content;
 pub enum Fault {
     /// Nothing at all is sent for so long.
     DelayHead(Duration),
+    /// Nothing is sent until the gate gives a permit, one for each request.
+    HoldHead(Arc<Semaphore>),
     /// After so many body bytes nothing comes any more, and the connection stays.
     StallAfter(u64),
     /// After so many body bytes nothing comes for a while; then the rest.
