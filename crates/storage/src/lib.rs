@@ -4,10 +4,12 @@
 //! - `runtime`: the one parameter through which time, randomness and spawning come in.
 //! - `local`: a file of this machine. `lock`: QEMU's image locks on it.
 //! - `engine`: how an operation that may wait is done. `ring`: the same, on io_uring.
-//! - `sim`: a simulated disk with power loss.
+//! - `dirty`: whether a write to a file would have to wait.
+//! - `sim`: a simulated disk with power loss. `sparse`: the bytes that it holds.
 //!
 //! Not here: formats, origins, anything that knows what the bytes mean.
 
+mod dirty;
 mod engine;
 pub mod flat;
 pub mod local;
@@ -15,6 +17,7 @@ pub mod lock;
 mod ring;
 pub mod runtime;
 pub mod sim;
+mod sparse;
 
 pub use flat::{BoxFuture, ReadAt, Storage};
 pub use local::{FileIdentity, LocalFile, OpenMode};

@@ -2,7 +2,7 @@
 //!
 //! - `read_now` asks the kernel for what is in the page cache (`RWF_NOWAIT`). On a file system that cannot say, it does
 //!   not guess: `None`, and io_uring does it. tmpfs is all page cache, so a plain read never waits there.
-//! - `write_now` is a plain write into the page cache, as long as this file keeps less than [`DIRTY_BYTES_MAX`] there
+//! - `write_now` is a plain write into the page cache, as long as this file keeps less than `DIRTY_BYTES_MAX` there
 //!   that is not on the disk. The kernel stops a process that dirties too much, in the middle of its call; the budget keeps
 //!   us far from that. Writeback is started early, so that a sync finds little left.
 //! - While a sync is under way, `write_now` answers `None`: a write then waits for the journal's commit. Measured on ext4,
@@ -36,15 +36,11 @@ use rustix::{
 
 use crate::{
     BoxFuture, ReadAt, Storage,
+    dirty::{DirtyBudget, SyncUnderWay},
     engine::{Engine, borrow_file, in_pool},
     flat::is_no_space,
 };
 
-/// Bytes of one file that may be in the page cache and not on the disk before `write_now` answers `None`. Linux begins
-/// to stop writers at about 15 % of the free memory, 300 MB on a machine with 2 GB free.
-pub const DIRTY_BYTES_MAX: u64 = 128 << 20;
-/// Dirty bytes at which writeback is started.
-const WRITEBACK_BYTES: u64 = DIRTY_BYTES_MAX / 4;
 /// Bytes of one inline copy: about 0.2 ms, which is as long as one poll may take.
 const INLINE_BYTES_MAX: usize = 1 << 20;
 /// Bytes of zeros written at a time where the file system cannot zero.
@@ -485,72 +481,6 @@ impl Storage for LocalFile {
     }
 }
 
-/// Counts bytes of a file that were written and are not known to be on the disk. A byte written twice counts twice.
-#[derive(Debug, Default)]
-struct DirtyBudget {
-    /// Bytes written since the file was opened.
-    written: AtomicU64,
-    /// How many of them, the first ones, are on the disk.
-    clean: AtomicU64,
-    /// Whether a writeback is under way.
-    writeback: AtomicBool,
-    /// Syncs under way.
-    syncs: AtomicU64,
-}
-
-/// Counts a sync for as long as it lives.
-struct SyncUnderWay<'a>(&'a DirtyBudget);
-
-impl<'a> SyncUnderWay<'a> {
-    fn begin(dirty: &'a DirtyBudget) -> Self {
-        dirty.syncs.fetch_add(1, Ordering::AcqRel);
-        Self(dirty)
-    }
-}
-
-impl Drop for SyncUnderWay<'_> {
-    fn drop(&mut self) {
-        self.0.syncs.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
-impl DirtyBudget {
-    fn written(&self) -> u64 {
-        self.written.load(Ordering::Acquire)
-    }
-
-    fn dirty(&self) -> u64 {
-        self.written().saturating_sub(self.clean.load(Ordering::Acquire))
-    }
-
-    fn would_not_wait(&self, len: u64) -> bool {
-        self.syncs.load(Ordering::Acquire) == 0 && self.dirty().saturating_add(len) <= DIRTY_BYTES_MAX
-    }
-
-    fn add(&self, len: u64) {
-        self.written.fetch_add(len, Ordering::AcqRel);
-    }
-
-    fn clean_up_to(&self, round: u64) {
-        self.clean.fetch_max(round, Ordering::AcqRel);
-    }
-
-    /// What the writeback will cover, if one is due. The caller starts it and calls `end_writeback`.
-    fn begin_writeback(&self) -> Option<u64> {
-        if self.dirty() < WRITEBACK_BYTES || self.writeback.swap(true, Ordering::AcqRel) {
-            return None;
-        }
-        Some(self.written())
-    }
-
-    fn end_writeback(&self, covered: Option<u64>) {
-        if let Some(round) = covered {
-            self.clean_up_to(round);
-        }
-        self.writeback.store(false, Ordering::Release);
-    }
-}
-
 impl NowReads {
     /// Asks for one byte without waiting: the flag is looked at before anything else, in an empty file too.
     fn probe(file: &std::fs::File) -> io::Result<Self> {
@@ -611,6 +541,7 @@ fn without_number(error: &io::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dirty::DIRTY_BYTES_MAX;
 
     fn new_file(directory: &tempfile::TempDir) -> LocalFile {
         LocalFile::open(directory.path().join("image"), OpenMode::CreateNew).expect("new")
@@ -721,21 +652,5 @@ mod tests {
             assert!(error.to_string().starts_with("sync failed, written data is lost: "));
         }
         assert_eq!(sync_failed(io::Error::from_raw_os_error(libc::EIO)).raw_os_error(), Some(libc::EIO));
-    }
-
-    #[test]
-    fn one_writeback_at_a_time_and_only_when_due() {
-        let budget = DirtyBudget::default();
-        budget.add(WRITEBACK_BYTES - 1);
-        assert_eq!(budget.begin_writeback(), None);
-        budget.add(1);
-        assert_eq!(budget.begin_writeback(), Some(WRITEBACK_BYTES));
-        budget.add(WRITEBACK_BYTES);
-        assert_eq!(budget.begin_writeback(), None);
-        budget.end_writeback(Some(WRITEBACK_BYTES));
-        assert_eq!(budget.dirty(), WRITEBACK_BYTES);
-        assert_eq!(budget.begin_writeback(), Some(2 * WRITEBACK_BYTES));
-        budget.end_writeback(None);
-        assert_eq!(budget.dirty(), WRITEBACK_BYTES);
     }
 }

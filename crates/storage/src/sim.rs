@@ -11,7 +11,6 @@
 //! Not here: time. A caller that wants interleavings sets [`SimFile::set_yields`].
 
 use std::{
-    collections::BTreeMap,
     fmt,
     future::poll_fn,
     io,
@@ -24,12 +23,13 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
-use crate::{BoxFuture, ReadAt, Storage};
+use crate::{
+    BoxFuture, ReadAt, Storage,
+    sparse::{Image, PAGE},
+};
 
 /// Bytes that a power loss never tears: the sector of every disk since 1981.
 const SECTOR: u64 = 512;
-/// Bytes of one page in memory; a multiple of `SECTOR`.
-const PAGE: u64 = 4096;
 /// The longest file, as Linux limits it (`loff_t`).
 const LEN_MAX: u64 = i64::MAX as u64;
 /// A torn zeroing of more sectors than this is cut once, not sector by sector.
@@ -221,7 +221,7 @@ impl SimFile {
 
     /// Bytes held in memory for what reads see: pages that were written and not zeroed or punched whole since.
     pub fn resident_bytes(&self) -> u64 {
-        self.inner.lock().now.pages.len() as u64 * PAGE
+        self.inner.lock().now.resident_bytes()
     }
 
     /// Operations that no sync covered.
@@ -519,69 +519,7 @@ fn checked_range(offset: u64, len: u64) -> io::Result<Range<u64>> {
     }
 }
 
-/// Sparse bytes. Pages that are not there read as zeros; nothing but zeros lies past `len`.
-#[derive(Clone, Default)]
-struct Image {
-    len: u64,
-    pages: BTreeMap<u64, Arc<Page>>,
-}
-
-type Page = [u8; PAGE as usize];
-
 impl Image {
-    /// The parts of `range`, one a page: page index and the bytes inside the page.
-    fn parts(range: Range<u64>) -> impl Iterator<Item = (u64, Range<usize>)> {
-        let mut at = range.start;
-        std::iter::from_fn(move || {
-            (at < range.end).then(|| {
-                let index = at / PAGE;
-                let start = at % PAGE;
-                let end = (start + range.end - at).min(PAGE);
-                at += end - start;
-                (index, start as usize..end as usize)
-            })
-        })
-    }
-
-    fn read(&self, offset: u64, mut buf: &mut [u8]) {
-        for (index, inside) in Self::parts(offset..offset + buf.len() as u64) {
-            let (part, rest) = buf.split_at_mut(inside.len());
-            match self.pages.get(&index) {
-                Some(page) => part.copy_from_slice(&page[inside]),
-                None => part.fill(0),
-            }
-            buf = rest;
-        }
-    }
-
-    /// Writes without a look at `len`.
-    fn write(&mut self, offset: u64, mut data: &[u8]) {
-        for (index, inside) in Self::parts(offset..offset + data.len() as u64) {
-            let (part, rest) = data.split_at(inside.len());
-            let page = self.pages.entry(index).or_insert_with(|| Arc::new([0; PAGE as usize]));
-            Arc::make_mut(page)[inside].copy_from_slice(part);
-            data = rest;
-        }
-    }
-
-    fn zero(&mut self, range: Range<u64>) {
-        let touched = range.start / PAGE..range.end.div_ceil(PAGE);
-        if touched.is_empty() || range.is_empty() {
-            return;
-        }
-        // Only pages that exist are walked: the range may be as long as a file can be.
-        let existing: Vec<u64> = self.pages.range(touched).map(|(index, _)| *index).collect();
-        for index in existing {
-            let start = range.start.max(index * PAGE) - index * PAGE;
-            let end = (range.end - index * PAGE).min(PAGE);
-            if (start, end) == (0, PAGE) {
-                self.pages.remove(&index);
-            } else if let Some(page) = self.pages.get_mut(&index) {
-                Arc::make_mut(page)[start as usize..end as usize].fill(0);
-            }
-        }
-    }
-
     /// The whole sectors that `range` touches, as they are now.
     fn sectors_around(&self, range: Range<u64>) -> Piece {
         let start = range.start / SECTOR * SECTOR;
@@ -645,11 +583,5 @@ impl Image {
             Resize::To(_) if rng.random() => {}
             resize => self.resize(resize),
         }
-    }
-
-    /// A cut that was kept below a write that was lost, or the other way round, leaves bytes past the end.
-    fn forget_past_end(&mut self) {
-        let past = self.pages.last_key_value().map_or(0, |(index, _)| (index + 1) * PAGE);
-        self.zero(self.len..past.max(self.len));
     }
 }
