@@ -345,6 +345,63 @@ mod tests {
         assert!(!error.to_string().contains("secret"), "{error}");
     }
 
+    /// Names put together from every piece that means something: none may panic, and what comes out must hold what is promised.
+    #[test]
+    fn any_name_is_read_or_refused() {
+        const PIECES: &[&str] = &[
+            "http:",
+            "https:",
+            "file:",
+            "json:",
+            "nbd:",
+            "/",
+            "//",
+            "\\",
+            "..",
+            ".",
+            "h",
+            "H:80",
+            ":99999",
+            "@",
+            "u:p@",
+            "?",
+            "sig=s3cret",
+            "&sv=1",
+            "#",
+            "%",
+            "%2e",
+            "%00",
+            "[::1]",
+            " ",
+            "\u{e9}",
+            "\u{202e}",
+            "\n",
+            "*",
+        ];
+        let images = [parse("/d/i.qed"), parse("http://h/d/i.qed")];
+        let mut state = 1_u64;
+        for _ in 0..20_000 {
+            let mut name = String::new();
+            for _ in 0..7 {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                name.push_str(PIECES[(state >> 33) as usize % PIECES.len()]);
+            }
+            for image in &images {
+                let Ok(child) = Locator::parse(&name, Some(image)) else { continue };
+                let Locator::Http(url) = &child else { continue };
+                let shown = child.printable();
+                let clean = Url::parse(&shown).expect("it was one");
+                assert!(clean.username().is_empty() && clean.password().is_none(), "{name:?} -> {shown}");
+                assert!(clean.query_pairs().all(|(name, _)| name != "sig"), "{name:?} -> {shown}");
+                let again = parse(&child.stored_name());
+                assert!(again.same_place(&child), "{name:?} -> {shown}");
+                let local = matches!(image, Locator::File(_));
+                let same = url.host_str() == Some("h") && url.port_or_known_default() == Some(80);
+                assert!(!image.may_name(&child) || local || same, "{name:?} -> {shown}");
+            }
+        }
+    }
+
     #[test]
     fn a_relative_name_belongs_to_the_image_that_holds_it() {
         assert_eq!(beside("dir/top.qed", "base.qed"), "dir/base.qed");

@@ -7,6 +7,8 @@
 
 use url::Url;
 
+use crate::{signature, validator::brief};
+
 /// Redirects in a row that are followed.
 pub const HOPS_MAX: usize = 10;
 
@@ -17,14 +19,14 @@ pub const HOPS_MAX: usize = 10;
 pub fn target(from: &Url, location: &str) -> Result<Url, String> {
     let mut to = from.join(location).map_err(|error| format!("redirected to an invalid URL: {error}"))?;
     if !matches!(to.scheme(), "http" | "https") {
-        return Err(format!("redirected to {}:, which is not http", to.scheme()));
+        return Err(format!("redirected to {}:, which is not http", brief(to.scheme())));
     }
     // Both fail only for URLs that cannot have a user; http and https always can.
     let _ = to.set_username("");
     let _ = to.set_password(None);
     to.set_fragment(None);
     if from.scheme() == "https" && to.scheme() == "http" {
-        return Err(format!("redirected from https to http ({})", crate::signature::cut(&to)));
+        return Err(format!("redirected from https to http ({})", brief(signature::cut(&to).as_str())));
     }
     Ok(to)
 }

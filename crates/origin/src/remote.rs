@@ -35,6 +35,7 @@ use crate::{
     signature,
     stall::StallWatch,
     transport::{Body, Request, Response, Transport, TransportError},
+    validator::brief,
 };
 
 /// Requests of read-ahead, profile and stream in flight, together.
@@ -420,7 +421,7 @@ impl Remote {
         if *url == self.url {
             return failure;
         }
-        let at = |cause: String| format!("{cause} (redirected to {})", signature::cut(url));
+        let at = |cause: String| format!("{cause} (redirected to {})", brief(signature::cut(url).as_str()));
         match failure {
             Failure::Passing { cause, wait } => Failure::Passing { cause: at(cause), wait },
             Failure::Changed(cause) => Failure::Changed(at(cause)),

@@ -1,4 +1,4 @@
-//! Redirects, and which credentials go where.
+//! Redirects, proxies, and which credentials go where.
 
 #![allow(clippy::disallowed_methods, reason = "tests run on the real clock")]
 
@@ -7,7 +7,7 @@ mod common;
 use std::sync::Arc;
 
 use common::{content, faulty, fetch, fetch_right, open, opened, options};
-use readonce_origin::{Credentials, FetchError, Locator, OriginOptions};
+use readonce_origin::{Credentials, FetchError, Locator, OriginOptions, Proxies};
 use readonce_testkit::{Fault, FaultyOrigin, OriginSpec, When};
 
 fn to(location: String) -> Fault {
@@ -151,4 +151,33 @@ async fn a_freshly_signed_url_stands_for_a_stored_name() {
     assert_eq!(origin.name(), stored);
     opened(&stored, &override_with(&server.url_of("/another?X-Amz-Signature=fresh"))).await;
     assert_eq!(targets(&server), ["/image?id=1&X-Amz-Signature=fresh", "/image?id=1"]);
+}
+
+/// The environment belongs to the whole process, so the test runs itself again in one of its own.
+#[tokio::test]
+async fn the_proxy_of_the_environment_is_used() {
+    const CHILD: &str = "READONCE_TEST_IS_CHILD";
+    let far = "http://far.invalid/image";
+    if std::env::var_os(CHILD).is_some() {
+        let options = OriginOptions { proxies: Proxies::Environment, ..options() };
+        let origin = opened(far, &options).await;
+        fetch_right(&*origin, 0..10).await;
+        return;
+    }
+    // A server takes a request for any host, as a proxy does.
+    let proxy = faulty().await;
+    let child = tokio::process::Command::new(std::env::current_exe().expect("a test binary"))
+        .args(["--exact", "the_proxy_of_the_environment_is_used"])
+        .env(CHILD, "1")
+        .env("http_proxy", format!("http://{}", proxy.addr()))
+        .env_remove("HTTP_PROXY")
+        .env_remove("no_proxy")
+        .env_remove("NO_PROXY")
+        .env_remove("REQUEST_METHOD")
+        .output();
+    let output = child.await.expect("it runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    let hosts: Vec<_> =
+        proxy.log().into_iter().filter_map(|entry| entry.headers.get("host").cloned()).collect();
+    assert_eq!(hosts, ["far.invalid", "far.invalid"]);
 }
