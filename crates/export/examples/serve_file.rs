@@ -1,6 +1,6 @@
-//! Serves a raw file over NBD, everything inline: what the protocol alone costs.
+//! Serves a raw file over NBD: what the protocol alone costs.
 //!
-//! `serve_file FILE SOCKET`. Not for real data: it blocks its thread, and flush is all that it makes durable.
+//! `serve_file FILE SOCKET [wait]`: everything inline, or, with `wait`, every request as a task. Not for real data: it blocks its thread, and flush is all that it makes durable.
 
 #![allow(clippy::disallowed_methods, reason = "an example outside the engine")]
 
@@ -18,6 +18,7 @@ use readonce_storage::BoxFuture;
 struct FileDevice {
     file: File,
     size: u64,
+    is_waiting: bool,
 }
 
 fn io(error: std::io::Error) -> DeviceError {
@@ -32,7 +33,7 @@ impl BlockDevice for FileDevice {
         false
     }
     fn read_now(&self, offset: u64, buf: &mut [u8]) -> Option<Result<(), DeviceError>> {
-        Some(self.file.read_exact_at(buf, offset).map_err(io))
+        (!self.is_waiting).then(|| self.file.read_exact_at(buf, offset).map_err(io))
     }
     fn read(&self, offset: u64, len: usize) -> BoxFuture<'_, Result<Bytes, DeviceError>> {
         Box::pin(async move {
@@ -42,7 +43,7 @@ impl BlockDevice for FileDevice {
         })
     }
     fn write_now(&self, offset: u64, data: &[u8]) -> Option<Result<(), DeviceError>> {
-        Some(self.file.write_all_at(data, offset).map_err(io))
+        (!self.is_waiting).then(|| self.file.write_all_at(data, offset).map_err(io))
     }
     fn write(&self, offset: u64, data: Bytes) -> BoxFuture<'_, Result<(), DeviceError>> {
         Box::pin(async move { self.file.write_all_at(&data, offset).map_err(io) })
@@ -81,12 +82,13 @@ impl BlockDevice for FileDevice {
 async fn main() {
     let mut args = std::env::args().skip(1);
     let (Some(path), Some(socket)) = (args.next(), args.next()) else {
-        panic!("usage: serve_file FILE SOCKET");
+        panic!("usage: serve_file FILE SOCKET [wait]");
     };
+    let is_waiting = args.next().is_some();
     let file = OpenOptions::new().read(true).write(true).open(path).expect("the file opens");
     let size = file.metadata().expect("it has a size").len();
-    let server =
-        Server::new(Arc::new(FileDevice { file, size }), ServerOptions::default()).expect("short names");
+    let server = Server::new(Arc::new(FileDevice { file, size, is_waiting }), ServerOptions::default())
+        .expect("short names");
     let listener = Listener::unix(socket).expect("the socket is free");
     println!("{}", server.uri(&listener));
     server.serve(listener).await;

@@ -42,6 +42,10 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long aborted tasks get to end.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// Bytes that a Unix socket is asked to hold for a client that is not reading just now: more than one large reply, so that the
+/// next is read from the device meanwhile. The system gives twice its `net.core.wmem_max` at most.
+const UNIX_SEND_BUFFER_LEN: usize = 1 << 20;
+
 /// How an export is served.
 #[derive(Debug, Clone)]
 pub struct ServerOptions {
@@ -153,6 +157,11 @@ impl Server {
             let place = self.0.places.clone().acquire_owned().await.expect("it is never closed");
             let accepted = match listener {
                 Listener::Unix(socket) => socket.listener.accept().await.map(|(stream, _)| {
+                    if let Err(error) =
+                        rustix::net::sockopt::set_socket_send_buffer_size(&stream, UNIX_SEND_BUFFER_LEN)
+                    {
+                        tracing::debug!(%error, "SO_SNDBUF");
+                    }
                     self.start(stream, "unix".into(), place);
                 }),
                 Listener::Tcp(listener) => listener.accept().await.map(|(stream, peer)| {

@@ -1,5 +1,6 @@
 //! Clients that break the framing lose their connection, and only theirs.
 
+use rand::{Rng, SeedableRng, rngs::SmallRng};
 use readonce_testkit::nbd_client::{
     Headers, NbdError, RawRequest, command, command_flag as flag, option, option_reply,
 };
@@ -7,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::{
     device::MemDevice,
-    rig::{HEADERS, Rig, pattern},
+    rig::{HEADERS, Rig, pattern, until},
 };
 
 fn header(headers: Headers, flags: u16, command: u16, len: u64) -> Vec<u8> {
@@ -76,10 +77,38 @@ async fn a_request_cut_off_at_any_byte_hurts_nobody() {
             client.send_bytes(&bytes[..len]).await.unwrap();
             drop(client);
         }
-        crate::rig::until("all are gone", || rig.server.connections() == 0).await;
+        until("all are gone", || rig.server.connections() == 0).await;
         assert_eq!(rig.device.contents(), vec![0; 1 << 20]);
         rig.is_well().await;
     }
+}
+
+/// Requests with a right magic and anything behind it: whatever becomes of the connection, the server lives.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn random_requests_hurt_nobody() {
+    let rig = Rig::new(MemDevice::new(1 << 20));
+    for seed in 0..300 {
+        let headers = HEADERS[seed % 3];
+        let mut rng = SmallRng::seed_from_u64(seed as u64);
+        let client = rig.client(headers).await;
+        for _ in 0..20 {
+            let len = if rng.random() { rng.random_range(0..100_000) } else { rng.random::<u64>() };
+            let len = if headers == Headers::Extended { len } else { len & 0xffff_ffff };
+            let flags = if rng.random() { 0 } else { 1 << rng.random_range(0..16) };
+            let mut bytes = header(headers, flags, rng.random_range(0..10), len);
+            let offset = if rng.random() { rng.random_range(0..1 << 20) } else { rng.random::<u64>() };
+            bytes[16..24].copy_from_slice(&offset.to_be_bytes());
+            // Mostly as much payload as was promised, so that the next request is one.
+            let payload_len = usize::try_from(len.min(100_000)).unwrap();
+            bytes.extend(pattern(seed as u64, if rng.random_ratio(1, 10) { 100 } else { payload_len }));
+            if client.send_bytes(&bytes).await.is_err() {
+                break;
+            }
+        }
+        client.abandon().await;
+    }
+    until("all are gone", || rig.server.connections() == 0).await;
+    rig.is_well().await;
 }
 
 /// Sends `bytes` as the answer to the greeting, and waits for the server to close.
@@ -144,5 +173,5 @@ async fn a_client_that_does_not_finish_the_handshake_is_let_go() {
     let mut all = Vec::new();
     stream.read_to_end(&mut all).await.expect("the server closes");
     assert_eq!(all.len(), 18);
-    crate::rig::until("it is gone", || rig.server.connections() == 0).await;
+    until("it is gone", || rig.server.connections() == 0).await;
 }
