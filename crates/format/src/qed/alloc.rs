@@ -135,7 +135,7 @@ impl Clusters {
         let Some(need) = run_end.checked_sub(grown_end).filter(|&need| need > 0) else { return Ok(()) };
         let ahead = need.max(window - window % self.cluster_size);
         match self.file.allocate(grown_end, ahead).await {
-            Ok(()) => self.grown(grown_end + ahead, (window * 2).clamp(self.cluster_size, WINDOW_BYTES)),
+            Ok(()) => self.grown(grown_end + ahead, (window * 2).max(self.cluster_size).min(WINDOW_BYTES)),
             Err(error) if is_no_space(&error) && ahead > need => {
                 self.file.allocate(grown_end, need).await?;
                 self.grown(run_end, 0);

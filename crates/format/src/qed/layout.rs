@@ -63,7 +63,7 @@ impl Layout {
         SLICE_ENTRIES * self.cluster_size
     }
 
-    /// L1 entries that the guest's size uses. At most 2^22: the guest ends below 2^63, and where tables are small the
+    /// L1 entries that the guest's size uses. At most 2^21: the guest ends below 2^63, and where tables are small the
     /// tables' own limit is lower.
     pub(super) fn l1_entries_used(&self) -> u64 {
         self.image_size.div_ceil(self.table_span())
@@ -165,6 +165,6 @@ mod tests {
                 most = most.max(layout.l1_entries_used());
             }
         }
-        assert_eq!(most, 1 << 22);
+        assert_eq!(most, 1 << 21);
     }
 }

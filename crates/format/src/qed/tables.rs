@@ -6,7 +6,7 @@
 //! - A pinned slice is found in `pinned` until its last pin goes. The writer pins a slice from `prepare` until its
 //!   changes are in the file.
 //! - Memory: the cache, the pinned slices (bounded by what is in flight and unlinked), and the part of the L1 table that
-//!   the guest's size uses (at most 32 MiB), read in slices when first needed.
+//!   the guest's size uses (at most 16 MiB), read in slices when first needed.
 //!
 //! Not here: which changes are on disk (`links`, `flush`).
 

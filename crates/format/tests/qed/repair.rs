@@ -1,0 +1,243 @@
+//! Check and repair: every kind of damage, and power loss in the middle.
+
+use std::sync::Arc;
+
+use rand::Rng;
+use readonce_format::{
+    Mapper,
+    driver::{CheckReport, Repair},
+};
+use readonce_storage::{
+    ReadAt, SimFile, Storage,
+    sim::{Fault, Lasts},
+};
+
+use crate::guest::{Guest, Model, SMALL, Shape, block_on, check, qed, read_all, rng, wrong};
+
+const CLUSTER: u64 = 4096;
+
+async fn repair(file: &Arc<SimFile>, what: Repair) -> CheckReport {
+    let storage: Arc<dyn Storage> = file.clone();
+    qed().repair(&storage, what).await.unwrap()
+}
+
+fn entry(bytes: &[u8], at: u64) -> u64 {
+    u64::from_le_bytes(bytes[at as usize..][..8].try_into().unwrap())
+}
+
+fn put(bytes: &mut [u8], at: u64, value: u64) {
+    bytes[at as usize..][..8].copy_from_slice(&value.to_le_bytes());
+}
+
+/// A closed image with data in three L2 tables, and what it reads as.
+async fn image(shape: &Shape) -> (Vec<u8>, Model) {
+    let (file, mut guest) = Guest::new(shape).await;
+    let clusters = shape.size / CLUSTER;
+    guest.write(0, 40).await.unwrap();
+    guest.fill(100, 30).await.unwrap();
+    guest.write((clusters - 40) * 8, 100).await.unwrap();
+    guest.zero(200, 3).await.unwrap();
+    guest.write((clusters / 2) * 8, 64).await.unwrap();
+    guest.mapper.close().await.unwrap();
+    guest.model.flushed();
+    assert_eq!(wrong(&file).await, (0, 0));
+    (file.contents(), guest.model)
+}
+
+async fn reads_as(file: &Arc<SimFile>, model: &Model, context: &str) {
+    let mapper = qed().open(file.clone()).await.unwrap();
+    let found = read_all(mapper.as_ref() as &dyn Mapper, file.as_ref(), &model.shape).await.unwrap();
+    for (sector, found) in (0..).zip(found) {
+        assert_eq!(found, model.now(sector), "sector {sector}: {context}");
+    }
+}
+
+#[test]
+fn a_double_reference_gets_its_own_copy() {
+    block_on(async {
+        let (mut bytes, mut model) = image(&SMALL).await;
+        let table = entry(&bytes, CLUSTER);
+        let shared = entry(&bytes, table);
+        put(&mut bytes, table + 50 * 8, shared);
+        put(&mut bytes, table + 51 * 8, shared);
+        for cluster in [50, 51] {
+            (0..8).for_each(|sector| model.write(cluster * 8 + sector, model.now(sector)));
+        }
+        let file = Arc::new(SimFile::from_bytes(&bytes));
+        assert_eq!(wrong(&file).await, (2, 0));
+        let report = repair(&file, Repair::Leaks).await;
+        assert_eq!((report.corruptions, report.corruptions_fixed), (2, 0), "leaks only");
+        let report = repair(&file, Repair::All).await;
+        assert_eq!((report.corruptions, report.corruptions_fixed, report.leaks), (0, 2, 0));
+        reads_as(&file, &model, "copied").await;
+        let mut guest = Guest::open(file.clone(), model).await.unwrap();
+        guest.next_tag = 5000;
+        guest.write(50 * 8, 1).await.unwrap();
+        guest.check_reads().await;
+    });
+}
+
+#[test]
+fn a_table_that_two_entries_name_gets_its_own_copy() {
+    block_on(async {
+        let shape = Shape { table_size: 2, size: 24 << 20, ..SMALL };
+        let (mut bytes, mut model) = image(&shape).await;
+        let table = entry(&bytes, CLUSTER);
+        assert_eq!(entry(&bytes, CLUSTER + 8), 0, "the test needs a free L1 entry");
+        put(&mut bytes, CLUSTER + 8, table);
+        // The second range reads the first one's data, and the backing where that is absent.
+        let span = (2 * CLUSTER / 8) * 8;
+        for sector in 0..span {
+            let tag = model.now(sector);
+            let backing = crate::guest::backing_tag(&shape, sector);
+            if tag != backing || (800..1040).contains(&sector) {
+                model.write(sector + span, tag);
+            }
+        }
+        let file = Arc::new(SimFile::from_bytes(&bytes));
+        assert_eq!(wrong(&file).await.0, 2, "both clusters of the table");
+        let report = repair(&file, Repair::All).await;
+        assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+        assert!(report.corruptions_fixed > 2, "the data of the copied table was shared too");
+        reads_as(&file, &model, "copied").await;
+    });
+}
+
+#[test]
+fn what_may_not_be_there_shows_the_backing() {
+    block_on(async {
+        let (mut bytes, mut model) = image(&SMALL).await;
+        let table = entry(&bytes, CLUSTER);
+        put(&mut bytes, table, 2);
+        put(&mut bytes, table + 8, 1 << 50);
+        let misaligned = entry(&bytes, table + 16) | 8;
+        put(&mut bytes, table + 16, misaligned);
+        for sector in 0..24 {
+            model.write(sector, crate::guest::backing_tag(&SMALL, sector));
+        }
+        // Unused L1 entries are looked at too. 1 is no L1 value.
+        put(&mut bytes, CLUSTER + 500 * 8, 1);
+        let file = Arc::new(SimFile::from_bytes(&bytes));
+        let (broken, leaks) = wrong(&file).await;
+        assert_eq!((broken, leaks), (4, 3));
+        let report = repair(&file, Repair::All).await;
+        assert_eq!((report.corruptions_fixed, report.corruptions), (4, 0));
+        assert_eq!((report.leaks_fixed, report.leaks), (3, 0));
+        reads_as(&file, &model, "cleared").await;
+    });
+}
+
+#[test]
+fn leaks_are_freed_and_the_file_is_cut() {
+    for table_size in [1, 2, 4, 16] {
+        for seed in 0..12 {
+            block_on(async {
+                let shape = Shape { table_size, size: 40 << 20, ..SMALL };
+                let (mut bytes, mut model) = image(&shape).await;
+                let mut rng = rng(seed);
+                let len = bytes.len();
+                // Data entries are taken away, so that holes are everywhere, between tables too; and more at the end.
+                for l1 in 0..table_size * 512 {
+                    let table = entry(&bytes, CLUSTER + l1 * 8);
+                    if table == 0 {
+                        continue;
+                    }
+                    let keep = rng.random_range(0.0..1.0);
+                    for at in 0..table_size * 512 {
+                        if entry(&bytes, table + at * 8) > 1 && rng.random_bool(keep) {
+                            put(&mut bytes, table + at * 8, 0);
+                            let cluster = l1 * table_size * 512 + at;
+                            for sector in cluster * 8..((cluster + 1) * 8).min(shape.size / 512) {
+                                model.write(sector, crate::guest::backing_tag(&shape, sector));
+                            }
+                        }
+                    }
+                }
+                bytes.resize(len + rng.random_range(0..5 * CLUSTER as usize), 0xdd);
+                let file = Arc::new(SimFile::from_bytes(&bytes));
+                let (broken, leaks) = wrong(&file).await;
+                assert_eq!(broken, 0);
+                let context = format!("tables of {table_size}, seed {seed}");
+                let report = repair(&file, Repair::Leaks).await;
+                assert_eq!(
+                    (report.leaks, report.leaks_fixed, report.corruptions),
+                    (0, leaks, 0),
+                    "{context}"
+                );
+                reads_as(&file, &model, &context).await;
+                if leaks > 0 {
+                    assert_eq!(file.len() % CLUSTER, 0);
+                    assert_eq!(
+                        file.len() / CLUSTER,
+                        len as u64 / CLUSTER - leaks + extra(&bytes, len),
+                        "{context}"
+                    );
+                }
+            });
+        }
+    }
+}
+
+/// Whole clusters behind the image's end.
+fn extra(bytes: &[u8], len: usize) -> u64 {
+    (bytes.len() as u64 - len as u64) / CLUSTER
+}
+
+#[test]
+fn power_loss_at_any_io_of_a_repair() {
+    let shape = Shape { table_size: 2, size: 24 << 20, ..SMALL };
+    for n in 1.. {
+        let more = block_on(async {
+            let (mut bytes, mut model) = image(&shape).await;
+            let table = entry(&bytes, CLUSTER);
+            let shared = entry(&bytes, table);
+            put(&mut bytes, table + 50 * 8, shared);
+            put(&mut bytes, table + 105 * 8, 0);
+            (0..8).for_each(|sector| model.write(50 * 8 + sector, model.now(sector)));
+            // Holes in front of the tables.
+            for at in 0..4 {
+                put(&mut bytes, table + (1 + at) * 8, 0);
+                for sector in (1 + at) * 8..(2 + at) * 8 {
+                    model.write(sector, crate::guest::backing_tag(&shape, sector));
+                }
+            }
+            let file = Arc::new(SimFile::from_bytes(&bytes));
+            let storage: Arc<dyn Storage> = file.clone();
+            file.fail_nth(n, Fault::Eio, Lasts::ForGood);
+            let result = qed().repair(&storage, Repair::All).await;
+            for seed in 0..6 {
+                let crashed = Arc::new(file.crash(n * 10 + seed));
+                let context = format!("n {n} seed {seed}");
+                reads_as(&crashed, &model, &context).await;
+                let report = repair(&crashed, Repair::All).await;
+                assert_eq!((report.corruptions, report.leaks), (0, 0), "{context}");
+                reads_as(&crashed, &model, &context).await;
+            }
+            result.is_err() || file.fault_hits() > 0
+        });
+        if !more {
+            break;
+        }
+    }
+}
+
+#[test]
+fn damage_that_stays_keeps_the_mark() {
+    block_on(async {
+        let (mut bytes, model) = image(&SMALL).await;
+        bytes[16] |= 2;
+        let table = entry(&bytes, CLUSTER);
+        let shared = entry(&bytes, table);
+        put(&mut bytes, table + 50 * 8, shared);
+        let file = Arc::new(SimFile::from_bytes(&bytes));
+        let reader: Arc<dyn ReadAt> = file.clone();
+        let mut guest = Guest::open(file.clone(), model).await.unwrap();
+        guest.mapper.reclaim().await.unwrap();
+        guest.fill(300, 2).await.unwrap();
+        guest.mapper.close().await.unwrap();
+        assert!(qed().describe(&reader).await.unwrap().dirty, "a double reference is not hidden");
+        repair(&file, Repair::All).await;
+        assert!(!qed().describe(&reader).await.unwrap().dirty);
+        assert_eq!(check(&file).await.corruptions, 0);
+    });
+}
