@@ -1,2 +1,94 @@
-//! readonce
-fn main() {}
+//! `readonce`: a local image above a slow remote backing, filled as it is read, served over NBD.
+//!
+//! - One module for each command: its flags, its sentences, its exit status.
+//! - Shared: `failure` (how a command ends badly), `options` (`-o`, sizes), `chain_args` (flags that open a chain), `look`
+//!   (opening one to look at it), `session` (opening one to use it), `human`, `json`, `report`, `progress`.
+//!
+//! Flags, sentences, JSON fields and exit codes are those of qemu-img, qemu-io and qemu-nbd where they have the thing. Not
+//! here: what the commands do, which is in the rooms below.
+
+#![allow(
+    clippy::disallowed_methods,
+    reason = "the binary stands outside the engine: real time, real signals, real files"
+)]
+
+mod amend;
+mod chain_args;
+mod check;
+mod create;
+mod failure;
+mod human;
+mod info;
+mod json;
+mod look;
+mod map;
+mod options;
+mod rebase;
+mod report;
+mod resize;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::failure::{Failure, Outcome};
+
+/// Use a remote disk image now; fetch every block of it at most once; end with a standard local image.
+#[derive(Parser)]
+#[command(
+    name = "readonce",
+    version,
+    disable_help_subcommand = true,
+    after_help = "Sizes are in bytes; the suffixes k, M, G, T, P and E multiply by powers of 1024.\n\
+                  Credentials come from the environment, never from the command line: READONCE_HTTP_USER and \
+                  READONCE_HTTP_PASSWORD, READONCE_HTTP_TOKEN, or READONCE_HTTP_HEADERS_FILE, for the URL that you name or \
+                  for READONCE_HTTP_HOST.\n\
+                  RUST_LOG=debug logs to standard error."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Create(create::Args),
+    Info(info::Args),
+    Check(check::Args),
+    Map(map::Args),
+    Amend(amend::Args),
+    Rebase(rebase::Args),
+    Resize(resize::Args),
+}
+
+impl Command {
+    async fn run(self) -> Outcome {
+        match self {
+            Self::Create(args) => create::run(args).await,
+            Self::Info(args) => info::run(args).await,
+            Self::Check(args) => check::run(args).await,
+            Self::Map(args) => map::run(args).await,
+            Self::Amend(args) => amend::run(args).await,
+            Self::Rebase(args) => rebase::run(args).await,
+            Self::Resize(args) => resize::run(args).await,
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return failure::usage(&error),
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return Failure::new(format!("cannot start: {error}")).tell(),
+    };
+    let outcome = runtime.block_on(cli.command.run());
+    // What still runs (a stalled request, a probe) has nothing to say to the person any more.
+    runtime.shutdown_background();
+    match outcome {
+        Ok(code) => code,
+        Err(failure) => failure.tell(),
+    }
+}

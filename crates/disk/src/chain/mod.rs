@@ -19,7 +19,7 @@ use readonce_format::{Driver, driver::drivers};
 use readonce_origin::{AllowBacking, OriginOptions};
 use readonce_storage::{ImageLock, ReadAt, Rt};
 
-pub use layers::{Layer, open_layers};
+pub use layers::{Layer, TopOnly, open_layers};
 pub use top::open;
 
 use crate::{Disk, Image, LayerError};
@@ -118,9 +118,12 @@ impl OpenError {
     pub fn new(name: impl Into<String>, cause: impl ToString) -> Self {
         // Some causes come from below with the same words before them.
         let name = name.into();
-        let cause = cause.to_string();
-        let prefix = format!("Could not open '{name}': ");
-        let cause = cause.strip_prefix(&prefix).map(str::to_owned).unwrap_or(cause);
+        let mut cause = cause.to_string();
+        for prefix in [format!("{name}: "), format!("Could not open '{name}': ")] {
+            if let Some(rest) = cause.strip_prefix(&prefix) {
+                cause = rest.to_owned();
+            }
+        }
         Self { name, cause }
     }
 }

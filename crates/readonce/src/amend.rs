@@ -1,0 +1,58 @@
+//! `readonce amend`: the one option that may change later, copy-on-read.
+
+use std::process::ExitCode;
+
+use readonce_format::driver::HeaderChange;
+
+use crate::{
+    failure::{Failure, Outcome},
+    look, options,
+};
+
+/// Change what an image does when it is used: copy_on_read
+#[derive(Debug, clap::Args)]
+#[command(override_usage = "readonce amend -o copy_on_read=on|off IMAGE")]
+pub struct Args {
+    /// Format of IMAGE; told from its first bytes where absent
+    #[arg(short = 'f', long = "format", value_name = "FMT")]
+    format: Option<String>,
+    /// copy_on_read[=on|off]
+    #[arg(short = 'o', long = "options", value_name = "OPTIONS")]
+    options: Vec<String>,
+    /// Print errors only
+    #[arg(short = 'q', long)]
+    quiet: bool,
+    /// File
+    #[arg(value_name = "IMAGE")]
+    images: Vec<String>,
+}
+
+/// Runs it.
+pub async fn run(args: Args) -> Outcome {
+    let pairs = options::pairs(args.options.iter().map(String::as_str));
+    if pairs.is_empty() {
+        return Err(Failure::usage("amend", "Must specify options (-o)"));
+    }
+    let image = look::one_image("amend", &args.images)?;
+    let mut on = None;
+    for (name, value) in &pairs {
+        match name.as_str() {
+            "copy_on_read" => on = Some(options::switch(name, value.as_deref())?),
+            "cluster_size" | "table_size" | "size" | "backing_file" | "backing_fmt" => {
+                return Err(Failure::new(format!(
+                    "Changing the option '{name}' is not supported: only copy_on_read can change"
+                )));
+            }
+            _ => return Err(Failure::new(format!("Invalid parameter '{name}'"))),
+        }
+    }
+    let held = look::hold(image, args.format.as_deref()).await?;
+    if held.description.format == "raw" {
+        return Err(Failure::new("Format driver 'raw' does not support option amendment"));
+    }
+    if let Some(on) = on {
+        let change = HeaderChange::CopyOnRead(on);
+        held.driver.change(&held.file, &change).await.map_err(|error| Failure::new(error.to_string()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

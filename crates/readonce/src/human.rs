@@ -1,0 +1,62 @@
+//! Figures for people, written as QEMU's tools write them.
+
+use std::time::Duration;
+
+/// A size: three significant digits and a binary unit (`64 KiB`, `1.5 GiB`).
+pub fn size(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
+    // QEMU goes to the next unit at 1000 of the smaller one, so that three digits are enough.
+    let mut unit = 0;
+    let mut value = bytes as f64;
+    while value >= 1000.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    format!("{} {}B", three_digits(value), UNITS[unit])
+}
+
+/// As C's `%.3g`, for what `size` gives it.
+fn three_digits(value: f64) -> String {
+    let decimals = match value {
+        value if value >= 99.95 => 0,
+        value if value >= 9.995 => 1,
+        value if value >= 0.9995 => 2,
+        _ => 3,
+    };
+    let text = format!("{value:.decimals$}");
+    match text.as_str() {
+        "1000" => "1e+03".to_owned(),
+        text if text.contains('.') => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
+        text => text.to_owned(),
+    }
+}
+
+/// A time in seconds with one decimal.
+pub fn seconds(time: Duration) -> String {
+    format!("{:.1} s", time.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::size;
+
+    #[test]
+    fn sizes_are_written_as_qemu_writes_them() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (512, "512 B"),
+            (999, "999 B"),
+            (1000, "0.977 KiB"),
+            (1024, "1 KiB"),
+            (65_536, "64 KiB"),
+            (593_920, "580 KiB"),
+            (1_023_488, "1e+03 KiB"),
+            (1_024_000, "0.977 MiB"),
+            (1_572_864, "1.5 MiB"),
+            (107_374_182_400, "100 GiB"),
+            (u64::MAX, "16 EiB"),
+        ] {
+            assert_eq!(size(bytes), text, "{bytes}");
+        }
+    }
+}

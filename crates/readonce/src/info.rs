@@ -1,0 +1,188 @@
+//! `readonce info`: what an image says of itself, as qemu-img tells it; ours after it.
+
+use std::{fmt::Write as _, os::unix::fs::MetadataExt, process::ExitCode};
+
+use readonce_disk::chain::{Layer, TopOnly};
+use readonce_origin::{Locator, Version};
+use readonce_storage::runtime::TokioRuntime;
+use serde_json::{Map, Value, json};
+
+use crate::{
+    failure::Outcome,
+    human,
+    json::text,
+    look::{self, LookArgs, Output},
+};
+
+/// Tell about an image: sizes, backing file, pinned version
+#[derive(Debug, clap::Args)]
+#[command(override_usage = "readonce info [OPTIONS] IMAGE")]
+pub struct Args {
+    #[command(flatten)]
+    look: LookArgs,
+    /// human or json
+    #[arg(long, value_name = "FORMAT", default_value = "human")]
+    output: String,
+    /// Tell about every image of the chain
+    #[arg(long)]
+    backing_chain: bool,
+    /// File or URL
+    #[arg(value_name = "IMAGE", hide_default_value = true)]
+    images: Vec<String>,
+}
+
+/// Runs it.
+pub async fn run(args: Args) -> Outcome {
+    let output = look::output("info", &args.output)?;
+    let image = look::one_image("info", &args.images)?;
+    let top_only = if args.backing_chain { TopOnly::No } else { TopOnly::Yes };
+    let layers = look::layers(image, &args.look, top_only, &TokioRuntime::current()).await?;
+    let facts: Vec<Facts> = layers.iter().map(Facts::of).collect();
+    match output {
+        Output::Json if args.backing_chain => {
+            println!("{}", text(&Value::Array(facts.iter().map(Facts::json).collect())));
+        }
+        Output::Json => println!("{}", text(&facts[0].json())),
+        Output::Human => {
+            let told: Vec<String> = facts.iter().map(Facts::human).collect();
+            print!("{}", told.join("\n"));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What is told of one layer.
+struct Facts<'a> {
+    layer: &'a Layer,
+    name: String,
+    protocol: String,
+    file_bytes: u64,
+    disk_bytes: Option<u64>,
+    full_backing: Option<String>,
+}
+
+impl<'a> Facts<'a> {
+    fn of(layer: &'a Layer) -> Self {
+        let (protocol, disk_bytes) = match &layer.locator {
+            Locator::File(path) => {
+                let blocks = std::fs::metadata(path).ok().map(|metadata| metadata.blocks() * 512);
+                ("file".to_owned(), blocks)
+            }
+            Locator::Http(url) => (url.scheme().to_owned(), None),
+        };
+        let backing = layer.description.backing.as_ref();
+        let full_backing = backing.map(|backing| match Locator::parse(&backing.name, Some(&layer.locator)) {
+            Ok(locator) => locator.printable(),
+            Err(_) => backing.name.clone(),
+        });
+        Self {
+            layer,
+            name: layer.locator.printable(),
+            protocol,
+            // QEMU counts a file in sectors of 512 bytes.
+            file_bytes: layer.origin.len().next_multiple_of(512),
+            disk_bytes,
+            full_backing,
+        }
+    }
+
+    fn json(&self) -> Value {
+        let description = &self.layer.description;
+        let mut file = Map::new();
+        file.insert("children".into(), json!([]));
+        file.insert("virtual-size".into(), self.file_bytes.into());
+        file.insert("filename".into(), self.name.as_str().into());
+        file.insert("format".into(), self.protocol.as_str().into());
+        if let Some(bytes) = self.disk_bytes {
+            file.insert("actual-size".into(), bytes.into());
+            file.insert("format-specific".into(), json!({"type": "file", "data": {}}));
+        }
+        file.insert("dirty-flag".into(), false.into());
+
+        let mut all = Map::new();
+        all.insert("children".into(), json!([{"name": "file", "info": file}]));
+        let backing = description.backing.as_ref();
+        if let Some(format) = backing.and_then(|backing| backing.format.as_deref()) {
+            all.insert("backing-filename-format".into(), format.into());
+        }
+        all.insert("virtual-size".into(), description.virtual_size.into());
+        all.insert("filename".into(), self.name.as_str().into());
+        if let Some(bytes) = description.cluster_size {
+            all.insert("cluster-size".into(), bytes.into());
+        }
+        all.insert("format".into(), description.format.into());
+        if let Some(bytes) = self.disk_bytes {
+            all.insert("actual-size".into(), bytes.into());
+        }
+        if let (Some(full), Some(backing)) = (&self.full_backing, backing) {
+            all.insert("full-backing-filename".into(), full.as_str().into());
+            all.insert("backing-filename".into(), backing.name.as_str().into());
+        }
+        all.insert("dirty-flag".into(), description.dirty.into());
+        if backing.is_some() {
+            all.insert("readonce".into(), self.ours_json());
+        }
+        Value::Object(all)
+    }
+
+    fn ours_json(&self) -> Value {
+        let description = &self.layer.description;
+        let mut ours = Map::new();
+        ours.insert("copy-on-read".into(), description.copy_on_read.into());
+        if let Some(pin) = &description.pin {
+            ours.insert("pin".into(), json!({"validator": validator(pin), "length": pin.len}));
+            ours.insert("only-readonce-wrote".into(), description.only_readonce_wrote.into());
+        }
+        Value::Object(ours)
+    }
+
+    fn human(&self) -> String {
+        let description = &self.layer.description;
+        let bytes = |bytes: u64| format!("{} ({bytes} bytes)", human::size(bytes));
+        let disk_size = self.disk_bytes.map_or("unavailable".to_owned(), human::size);
+        let mut out = String::new();
+        let _ = writeln!(out, "image: {}", self.name);
+        let _ = writeln!(out, "file format: {}", description.format);
+        let _ = writeln!(out, "virtual size: {}", bytes(description.virtual_size));
+        let _ = writeln!(out, "disk size: {disk_size}");
+        if description.dirty {
+            let _ = writeln!(out, "cleanly shut down: no");
+        }
+        if let Some(bytes) = description.cluster_size {
+            let _ = writeln!(out, "cluster_size: {bytes}");
+        }
+        if let (Some(full), Some(backing)) = (&self.full_backing, &description.backing) {
+            let _ = write!(out, "backing file: {}", backing.name);
+            if *full != backing.name {
+                let _ = write!(out, " (actual path: {full})");
+            }
+            let _ = writeln!(out);
+            if let Some(format) = &backing.format {
+                let _ = writeln!(out, "backing file format: {format}");
+            }
+        }
+        let _ = writeln!(out, "Child node '/file':");
+        let _ = writeln!(out, "    filename: {}", self.name);
+        let _ = writeln!(out, "    protocol type: {}", self.protocol);
+        let _ = writeln!(out, "    file length: {}", bytes(self.file_bytes));
+        let _ = writeln!(out, "    disk size: {disk_size}");
+        if description.backing.is_some() {
+            let _ = writeln!(out, "copy on read: {}", if description.copy_on_read { "on" } else { "off" });
+            if let Some(pin) = &description.pin {
+                let _ = writeln!(out, "backing file version: {} ({} bytes)", validator(pin), pin.len);
+                let wrote =
+                    if description.only_readonce_wrote { "yes" } else { "no, another program wrote too" };
+                let _ = writeln!(out, "written by readonce only: {wrote}");
+            }
+        }
+        out
+    }
+}
+
+/// A pin's validator in words.
+pub fn validator(pin: &readonce_format::driver::Pin) -> String {
+    match Version::decode(&pin.validator, pin.len) {
+        Ok(version) => version.validator.to_string(),
+        Err(error) => error.to_string(),
+    }
+}

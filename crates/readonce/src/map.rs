@@ -1,0 +1,246 @@
+//! `readonce map`: which file of the chain holds which range, as qemu-img tells it.
+
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use readonce_disk::chain::{Layer, TopOnly};
+use readonce_format::Mapping;
+use readonce_origin::Locator;
+use readonce_storage::runtime::TokioRuntime;
+
+use crate::{
+    failure::{Failure, Outcome},
+    look::{self, LookArgs, Output},
+    options,
+};
+
+/// Tell where each range of an image lies
+#[derive(Debug, clap::Args)]
+#[command(override_usage = "readonce map [OPTIONS] IMAGE")]
+pub struct Args {
+    #[command(flatten)]
+    look: LookArgs,
+    /// human or json
+    #[arg(long, value_name = "FORMAT", default_value = "human")]
+    output: String,
+    /// First byte of the guest (suffixes as of sizes)
+    #[arg(short = 's', long, value_name = "OFFSET")]
+    start_offset: Option<String>,
+    /// Bytes at most (suffixes as of sizes)
+    #[arg(short = 'l', long, value_name = "BYTES")]
+    max_length: Option<String>,
+    /// File or URL
+    #[arg(value_name = "IMAGE")]
+    images: Vec<String>,
+}
+
+/// Runs it.
+pub async fn run(args: Args) -> Outcome {
+    let output = look::output("map", &args.output)?;
+    let image = look::one_image("map", &args.images)?;
+    let bytes = |name: &str, text: &Option<String>| match text {
+        Some(text) => options::size(text)
+            .map(Some)
+            .map_err(|_| Failure::new(format!("Invalid {name} specified: '{text}'."))),
+        None => Ok(None),
+    };
+    let start = bytes("start offset", &args.start_offset)?.unwrap_or(0);
+    let len_max = bytes("max length", &args.max_length)?.unwrap_or(u64::MAX);
+    let layers = look::layers(image, &args.look, TopOnly::No, &TokioRuntime::current())
+        .await
+        .map_err(|failure| through(image, failure))?;
+    let map = Map { layers: &layers, holes: layers.iter().map(Holes::of).collect() };
+
+    let size = layers[0].mapper.geometry().size;
+    let end = size.min(start.saturating_add(len_max));
+    let mut printer = Printer { output, printed: false };
+    printer.begin();
+    let mut pending: Option<Entry> = None;
+    let mut at = start;
+    while at < end {
+        let entry = map.entry(at, end - at).await?;
+        at += entry.len;
+        pending = Some(match pending {
+            Some(last) if last.goes_on_with(&entry) => Entry { len: last.len + entry.len, ..last },
+            Some(last) => {
+                printer.entry(&last, &map);
+                entry
+            }
+            None => entry,
+        });
+    }
+    if let Some(last) = pending {
+        printer.entry(&last, &map);
+    }
+    printer.end();
+    Ok(ExitCode::SUCCESS)
+}
+
+/// QEMU's `map` opens the whole chain through its top, and says so.
+fn through(image: &str, failure: Failure) -> Failure {
+    let opening = format!("Could not open '{image}': ");
+    match failure.text.starts_with("Could not open '") && !failure.text.starts_with(&opening) {
+        true => {
+            Failure { text: format!("{opening}Could not open backing file: {}", failure.text), ..failure }
+        }
+        false => failure,
+    }
+}
+
+/// A range in one state.
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    start: u64,
+    len: u64,
+    depth: usize,
+    present: bool,
+    zero: bool,
+    offset: Option<u64>,
+}
+
+impl Entry {
+    fn goes_on_with(&self, next: &Self) -> bool {
+        let offsets = match (self.offset, next.offset) {
+            (Some(offset), Some(next)) => offset.checked_add(self.len) == Some(next),
+            (None, None) => true,
+            _ => false,
+        };
+        offsets && (self.depth, self.present, self.zero) == (next.depth, next.present, next.zero)
+    }
+}
+
+struct Map<'a> {
+    layers: &'a [Layer],
+    holes: Vec<Option<Holes>>,
+}
+
+impl Map<'_> {
+    /// The state from `start` on, at most `len_max` bytes of it. As in QEMU's tool, what no layer holds belongs to the last
+    /// one that reaches so far.
+    async fn entry(&self, start: u64, len_max: u64) -> Result<Entry, Failure> {
+        let mut len = len_max;
+        for (depth, layer) in self.layers.iter().enumerate() {
+            let extent = layer
+                .mapper
+                .lookup(start, len)
+                .await
+                .map_err(|error| look::cannot_open(&layer.locator.printable(), error))?;
+            len = extent.len;
+            let entry = Entry { start, len, depth, present: true, zero: false, offset: None };
+            if layer.description.format == "raw" {
+                return Ok(self.raw_entry(entry, extent.mapping));
+            }
+            match extent.mapping {
+                Mapping::Data(offset) => return Ok(Entry { offset: Some(offset), ..entry }),
+                Mapping::Zero => return Ok(Entry { zero: true, ..entry }),
+                Mapping::Absent => {}
+            }
+            let below = self.layers.get(depth + 1).map_or(0, |below| below.mapper.geometry().size);
+            if start >= below {
+                return Ok(Entry { present: false, zero: true, ..entry });
+            }
+            len = len.min(below - start);
+        }
+        unreachable!("the last layer answers for itself")
+    }
+
+    /// All of a raw file is there; where it has holes, or ends inside a sector, it reads as zeros.
+    fn raw_entry(&self, entry: Entry, mapping: Mapping) -> Entry {
+        let entry = Entry { offset: Some(entry.start), ..entry };
+        let Mapping::Data(_) = mapping else { return Entry { zero: true, ..entry } };
+        let Some(holes) = &self.holes[entry.depth] else { return entry };
+        match holes.at(entry.start) {
+            Some((zero, len)) => Entry { zero, len: entry.len.min(len), ..entry },
+            None => entry,
+        }
+    }
+}
+
+/// The holes of a local raw file.
+struct Holes {
+    file: File,
+}
+
+impl Holes {
+    fn of(layer: &Layer) -> Option<Self> {
+        match &layer.locator {
+            Locator::File(path) if layer.description.format == "raw" => Self::open(path).ok(),
+            Locator::File(_) | Locator::Http(_) => None,
+        }
+    }
+
+    fn open(path: &Path) -> io::Result<Self> {
+        Ok(Self { file: File::open(PathBuf::from(path))? })
+    }
+
+    /// Whether a hole is there, and how far that goes; `None` where the file system does not tell.
+    fn at(&self, offset: u64) -> Option<(bool, u64)> {
+        use rustix::{fs::SeekFrom, io::Errno};
+        match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(data) if data > offset => Some((true, data - offset)),
+            Ok(_) => {
+                let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(offset)).ok()?;
+                (hole > offset).then(|| (false, hole - offset))
+            }
+            // Nothing but a hole up to the end.
+            Err(Errno::NXIO) => Some((true, u64::MAX)),
+            Err(_) => None,
+        }
+    }
+}
+
+struct Printer {
+    output: Output,
+    printed: bool,
+}
+
+impl Printer {
+    fn begin(&self) {
+        match self.output {
+            Output::Human => println!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to"),
+            Output::Json => print!("["),
+        }
+    }
+
+    fn entry(&mut self, entry: &Entry, map: &Map<'_>) {
+        let Entry { start, len, depth, present, zero, offset } = entry;
+        match self.output {
+            Output::Human if *zero || !present => {}
+            Output::Human => {
+                let name = map.layers[*depth].locator.printable();
+                let [start, len, offset] = [*start, *len, offset.unwrap_or(0)].map(hex);
+                println!("{start:<16}{len:<16}{offset:<16}{name}");
+            }
+            Output::Json => {
+                if self.printed {
+                    println!(",");
+                }
+                print!(
+                    "{{ \"start\": {start}, \"length\": {len}, \"depth\": {depth}, \"present\": {present}, \"zero\": {zero}, \
+                     \"data\": {}, \"compressed\": false",
+                    present & !zero
+                );
+                if let Some(offset) = offset {
+                    print!(", \"offset\": {offset}");
+                }
+                print!("}}");
+                self.printed = true;
+            }
+        }
+    }
+
+    fn end(&self) {
+        if self.output == Output::Json {
+            println!("]");
+        }
+    }
+}
+
+/// As C's `%#x`: zero has no prefix.
+fn hex(value: u64) -> String {
+    if value == 0 { "0".to_owned() } else { format!("{value:#x}") }
+}
