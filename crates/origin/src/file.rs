@@ -35,7 +35,9 @@ impl FileOrigin {
     pub fn open(path: &Path, options: &OriginOptions) -> Result<Arc<Self>, FetchError> {
         let name = path.display().to_string();
         let permanent = |cause: String| FetchError::Permanent { origin: name.clone(), cause };
-        let io = |error: std::io::Error| permanent(error.to_string());
+        // The name goes before the cause anyway.
+        let named = format!("Could not open '{name}': ");
+        let io = |error: std::io::Error| permanent(error.to_string().replace(&named, ""));
         let file = LocalFile::open(path, OpenMode::Read).map_err(io)?;
         let version = version_of(file.identity().map_err(io)?);
         let mut notes = Vec::new();
@@ -182,6 +184,7 @@ mod tests {
         for path in [folder.path().to_owned(), folder.path().join("absent")] {
             let error = FileOrigin::open(&path, &OriginOptions::default()).map(|_| ()).expect_err("no file");
             assert!(matches!(error, FetchError::Permanent { .. }), "{error}");
+            assert_eq!(error.to_string().matches(&path.display().to_string()).count(), 1, "{error}");
         }
     }
 }
