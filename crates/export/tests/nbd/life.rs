@@ -32,7 +32,9 @@ async fn a_disconnect_waits_for_what_was_asked() {
 
 #[tokio::test]
 async fn a_client_that_vanishes_takes_its_reads_along_and_not_its_writes() {
-    let rig = Rig::new(MemDevice::new(1 << 20).waiting());
+    // So long that it is not the timeout of an ending connection that takes them.
+    let options = ServerOptions { shutdown_timeout: Duration::from_secs(3600), ..ServerOptions::default() };
+    let rig = Rig::with(MemDevice::new(1 << 20).waiting(), options);
     rig.device.hold();
     let client = rig.client(Headers::Extended).await;
     for at in 0..50 {
