@@ -1,0 +1,288 @@
+//! The engine under a drawn schedule: guests race reads, writes, zeroes, trims and flushes over a slow origin, the power
+//! fails, the image is opened again. Checked: I1, I2, I3, and that the format's own check finds no corruption.
+
+mod support;
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+use readonce_disk::{Base, BlockDevice, Disk, Image, ImageOptions, Source, Top, ZeroMode};
+use readonce_format::{
+    Driver,
+    driver::{BackingRef, CreateSpec, driver},
+};
+use readonce_storage::{ReadAt, SimFile, Storage};
+use support::{
+    exec::Exec,
+    model::Model,
+    origin::{SECTOR, SimOrigin, sector, stamp_of},
+};
+
+#[derive(Debug, Clone, Copy)]
+struct World {
+    seed: u64,
+    cluster_size: u64,
+    size: u64,
+    backing_len: u64,
+    copy_on_read: bool,
+    fail_of_256: u8,
+    guests: u64,
+    ops_per_guest: u64,
+    epochs: u64,
+}
+
+impl World {
+    fn draw(seed: u64) -> Self {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let cluster_size = [4096, 8192, 65536][rng.random_range(0..3)];
+        let size = cluster_size * rng.random_range(1..40) + SECTOR * rng.random_range(0..8);
+        Self {
+            seed,
+            cluster_size,
+            size,
+            backing_len: rng.random_range(SECTOR..size * 5 / 4) / SECTOR * SECTOR + SECTOR,
+            copy_on_read: rng.random_range(0..4) != 0,
+            fail_of_256: [0, 0, 16][rng.random_range(0..3)],
+            guests: rng.random_range(1..8),
+            ops_per_guest: 40,
+            epochs: 4,
+        }
+    }
+}
+
+struct Guest {
+    disk: Arc<Disk>,
+    model: Arc<Mutex<Model>>,
+    stamps: Arc<Mutex<u64>>,
+    rng: SmallRng,
+    cluster_sectors: u64,
+}
+
+impl Guest {
+    fn range(&mut self) -> (u64, u64) {
+        let sectors = self.model.lock().sector_count();
+        let first = self.rng.random_range(0..sectors);
+        // Whole clusters are as common as a few sectors.
+        let (first, count) = match self.rng.random_range(0..3) {
+            0 => (first, self.rng.random_range(1..4)),
+            1 => (first / self.cluster_sectors * self.cluster_sectors, self.cluster_sectors),
+            _ => (first, self.rng.random_range(1..self.cluster_sectors * 3)),
+        };
+        (first, count.min(sectors - first))
+    }
+
+    async fn op(&mut self) {
+        let (first, count) = self.range();
+        let (offset, len) = (first * SECTOR, count * SECTOR);
+        match self.rng.random_range(0..10) {
+            0..4 => self.read(first, count).await,
+            4..7 => {
+                let stamp = {
+                    let mut stamps = self.stamps.lock();
+                    *stamps += 1;
+                    *stamps
+                };
+                let data: Vec<u8> = (0..count).flat_map(|_| sector(stamp)).collect();
+                let begin = self.model.lock().begin_write(first, count, stamp, false);
+                let written = match self.disk.write_now(offset, &data) {
+                    Some(written) => written,
+                    None => self.disk.write(offset, Bytes::from(data)).await,
+                };
+                written.expect("the disk has room and no faults");
+                self.model.lock().end_write(first, count, begin);
+            }
+            7 => {
+                let begin = self.model.lock().begin_write(first, count, 0, false);
+                let mode = ZeroMode { keep_space: self.rng.random(), only_if_fast: false };
+                self.disk.write_zeroes(offset, len, mode).await.expect("no faults");
+                self.model.lock().end_write(first, count, begin);
+            }
+            8 => {
+                let begin = self.model.lock().begin_write(first, count, 0, true);
+                self.disk.trim(offset, len).await.expect("no faults");
+                self.model.lock().end_write(first, count, begin);
+            }
+            _ => {
+                let begin = self.model.lock().tick();
+                // An origin that is away fails a flush with units written in part, and nothing else.
+                if self.disk.flush().await.is_ok() {
+                    self.model.lock().end_flush(begin);
+                }
+            }
+        }
+    }
+
+    async fn read(&mut self, first: u64, count: u64) {
+        let begin = self.model.lock().tick();
+        let mut buf = vec![0xee; (count * SECTOR) as usize];
+        let read = match self.disk.read_now(first * SECTOR, &mut buf) {
+            Some(read) => read,
+            None => match self.disk.read(first * SECTOR, buf.len()).await {
+                Ok(bytes) => {
+                    buf.copy_from_slice(&bytes);
+                    Ok(())
+                }
+                Err(error) => Err(error),
+            },
+        };
+        // The origin may be away.
+        if read.is_err() {
+            return;
+        }
+        let model = self.model.lock();
+        for (index, bytes) in buf.chunks_exact(SECTOR as usize).enumerate() {
+            model.check_read(first + index as u64, stamp_of(bytes), begin);
+        }
+    }
+}
+
+fn qed() -> &'static dyn Driver {
+    driver("qed").expect("qed is a known format")
+}
+
+async fn create(world: &World, file: &Arc<dyn Storage>) {
+    let spec = CreateSpec {
+        size: world.size,
+        backing: Some(BackingRef { name: "origin".into(), format: Some("raw".into()) }),
+        options: vec![
+            ("cluster_size".into(), Some(world.cluster_size.to_string())),
+            ("table_size".into(), Some("1".into())),
+        ],
+        pin: None,
+    };
+    qed().create(file, &spec).await.expect("the image is made");
+}
+
+async fn open(world: &World, file: Arc<dyn Storage>, exec: &Arc<Exec>, origin: Arc<SimOrigin>) -> Arc<Image> {
+    let raw = driver("raw").expect("raw is a known format");
+    let bytes: Arc<dyn ReadAt> = origin.clone();
+    let base = Base::new(raw.open(bytes).await.expect("raw opens"), origin, None);
+    let mapper = qed().open_writable(Arc::clone(&file), exec.rt()).await.expect("the image opens");
+    let options = ImageOptions { copy_on_read: world.copy_on_read };
+    let image = Image::new(mapper, file, Some(Arc::new(base) as Arc<dyn Source>), exec.rt(), options);
+    image.start_reclaim();
+    image
+}
+
+async fn check(file: Arc<dyn Storage>, when: &str) {
+    let readable: Arc<dyn ReadAt> = file;
+    let report = qed().check(&readable).await.expect("the check runs");
+    assert_eq!(report.corruptions, 0, "{when}: {report:?}");
+    assert_eq!(report.check_errors, 0, "{when}: {report:?}");
+    if when == "closed" {
+        assert_eq!(report.leaks, 0, "{when}: {report:?}");
+    }
+}
+
+fn run(seed: u64) {
+    let world = World::draw(seed);
+    let model = Arc::new(Mutex::new(Model::new(world.size, world.backing_len)));
+    let stamps = Arc::new(Mutex::new(0));
+    let mut rng = SmallRng::seed_from_u64(seed ^ 0x5eed);
+    let mut file = Arc::new(SimFile::new());
+    for epoch in 0..world.epochs {
+        let exec = Exec::new(rng.random());
+        let origin = SimOrigin::new(world.backing_len, exec.rt(), 200);
+        *origin.fail_of_256.lock() = world.fail_of_256;
+        let storage: Arc<dyn Storage> = file.clone();
+        let image = {
+            let (exec2, origin, storage) = (Arc::clone(&exec), Arc::clone(&origin), Arc::clone(&storage));
+            exec.run(async move {
+                if epoch == 0 {
+                    create(&world, &storage).await;
+                }
+                check(Arc::clone(&storage), "opened").await;
+                open(&world, storage, &exec2, origin).await
+            })
+        };
+        file.set_yields(rng.random(), 3);
+        let disk = Arc::new(Disk::new(Top::Image(Arc::clone(&image)), false));
+        let mut guests: Vec<_> = (0..world.guests)
+            .map(|_| Guest {
+                disk: Arc::clone(&disk),
+                model: Arc::clone(&model),
+                stamps: Arc::clone(&stamps),
+                rng: SmallRng::seed_from_u64(rng.random()),
+                cluster_sectors: world.cluster_size / SECTOR,
+            })
+            .collect();
+        let last = epoch + 1 == world.epochs;
+        let ops = world.ops_per_guest;
+        let main = async move {
+            let tasks: Vec<_> = guests
+                .iter_mut()
+                .map(|guest| async move {
+                    for _ in 0..ops {
+                        guest.op().await;
+                    }
+                })
+                .collect();
+            futures_util::future::join_all(tasks).await;
+        };
+        if last {
+            exec.run(main);
+            *origin.fail_of_256.lock() = 0;
+            let closing = Arc::clone(&image);
+            exec.run(async move { closing.close(Duration::from_secs(3600)).await.expect("closes clean") });
+            let closed = Arc::clone(&storage);
+            exec.run(async move { check(closed, "closed").await });
+        } else {
+            let polls = rng.random_range(0..8_000);
+            exec.run_for(main, polls);
+            exec.power_off();
+        }
+        drop((disk, image, storage));
+        exec.power_off();
+        // After a clean close nothing is owed to luck either: a crash then must lose nothing that close flushed.
+        file = Arc::new(file.crash(rng.random()));
+        verify(&world, &model, &file, last);
+    }
+}
+
+/// Opens what is left and reads all of it.
+fn verify(world: &World, model: &Arc<Mutex<Model>>, file: &Arc<SimFile>, closed: bool) {
+    let exec = Exec::new(world.seed);
+    let origin = SimOrigin::new(world.backing_len, exec.rt(), 0);
+    // What reading does to the image is not kept.
+    let copy: Arc<dyn Storage> = Arc::new(SimFile::from_bytes(&file.contents()));
+    let (world, exec2) = (*world, Arc::clone(&exec));
+    let bytes = exec.run(async move {
+        check(Arc::clone(&copy), "after the crash").await;
+        let image = open(&world, copy, &exec2, origin).await;
+        let mut all = Vec::new();
+        for at in (0..world.size).step_by(SECTOR as usize * 8) {
+            let len = (world.size - at).min(SECTOR * 8) as usize;
+            all.extend_from_slice(&image.read(at, len).await.expect("all can be read"));
+        }
+        all
+    });
+    let mut model = model.lock();
+    if closed {
+        let now = model.tick();
+        model.end_flush(now);
+    }
+    for (at, bytes) in bytes.chunks_exact(SECTOR as usize).enumerate() {
+        let stamp = stamp_of(bytes);
+        model.check_after_crash(at as u64, stamp);
+        model.restart(at as u64, stamp);
+    }
+    let now = model.tick();
+    model.end_flush(now);
+}
+
+/// Runs the seeds `READONCE_SEEDS=FROM..TO`, or a few; a failing one is named for a replay.
+#[test]
+fn random_races_and_crashes_keep_the_promises() {
+    let seeds = std::env::var("READONCE_SEEDS").unwrap_or_else(|_| "0..150".into());
+    let (from, to) = seeds.split_once("..").expect("READONCE_SEEDS=FROM..TO");
+    let parse = |text: &str| text.parse::<u64>().expect("a seed is a number");
+    for seed in parse(from)..parse(to) {
+        let world = World::draw(seed);
+        if let Err(panic) = std::panic::catch_unwind(|| run(seed)) {
+            eprintln!("replay: READONCE_SEEDS={seed}..{} cargo test -p readonce-disk --test races\n{world:?}", seed + 1);
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
