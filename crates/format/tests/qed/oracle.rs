@@ -120,8 +120,17 @@ fn random_operations_of_both_on_one_image() {
 
             let mut commands = Vec::new();
             for _ in 0..12 {
-                let sector = rng.random_range(0..shape.size / SECTOR - 200);
-                let sectors = rng.random_range(1..200);
+                let mut sector = rng.random_range(0..shape.size / SECTOR - 200);
+                let mut sectors = rng.random_range(1..200);
+                if shape.backing {
+                    // QEMU 10.0.2 fills the rest of a zero cluster from the backing when it writes a part of it, so that
+                    // zeros that the guest wrote are lost. Whole clusters keep clear of that.
+                    let whole = shape.cluster_size / SECTOR;
+                    let last = shape.size / shape.cluster_size * whole;
+                    let end = ((sector + sectors).next_multiple_of(whole)).min(last);
+                    sector -= sector % whole;
+                    sectors = end - sector;
+                }
                 if rng.random_bool(0.3) {
                     commands.push(format!("write -z {} {}", sector * SECTOR, sectors * SECTOR));
                     (sector..sector + sectors).for_each(|sector| model.write(sector, 0));
