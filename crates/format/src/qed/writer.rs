@@ -144,8 +144,9 @@ impl Core {
 
     /// Takes the mark off if the image deserves it. `Relocation::Never` leaves holes, and then the mark, where they are.
     async fn clean(&self, relocation: Relocation) -> Result<(), FormatError> {
-        let Some(closing) = self.mark.close_begin().await else { return Ok(()) };
+        let closing = self.mark.close_begin().await;
         self.flusher.flush(Durability::Durable).await?;
+        let Some(closing) = closing else { return Ok(()) };
         if !closing.marked() || !self.flusher.links.is_empty() {
             return Ok(());
         }
