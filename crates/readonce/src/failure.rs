@@ -35,7 +35,7 @@ impl Failure {
 
     /// Tells it.
     pub fn tell(&self) -> ExitCode {
-        eprintln!("readonce: {}", self.text);
+        crate::report::tell(&self.text);
         ExitCode::from(self.exit)
     }
 }

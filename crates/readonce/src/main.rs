@@ -19,13 +19,18 @@ mod create;
 mod failure;
 mod human;
 mod info;
+mod io;
 mod json;
 mod look;
 mod map;
 mod options;
+mod progress;
 mod rebase;
 mod report;
 mod resize;
+mod serve;
+mod session;
+mod signals;
 
 use std::process::ExitCode;
 
@@ -59,9 +64,25 @@ enum Command {
     Amend(amend::Args),
     Rebase(rebase::Args),
     Resize(resize::Args),
+    Serve(serve::Args),
+    Io(io::Args),
 }
 
 impl Command {
+    /// Starts the log, and says what a closed standard output means.
+    fn prepare(&self) {
+        match self {
+            Self::Serve(args) => args.told.start_log(),
+            Self::Io(args) => args.told.start_log(),
+            _ => report::start_log("warn"),
+        }
+        if !matches!(self, Self::Serve(_)) {
+            // As of every small tool: `readonce map IMAGE | head` ends in silence.
+            // SAFETY: no other thread runs yet, and the default action is a valid disposition.
+            unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+        }
+    }
+
     async fn run(self) -> Outcome {
         match self {
             Self::Create(args) => create::run(args).await,
@@ -71,6 +92,8 @@ impl Command {
             Self::Amend(args) => amend::run(args).await,
             Self::Rebase(args) => rebase::run(args).await,
             Self::Resize(args) => resize::run(args).await,
+            Self::Serve(args) => serve::run(args).await,
+            Self::Io(args) => io::run(args).await,
         }
     }
 }
@@ -80,6 +103,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return failure::usage(&error),
     };
+    cli.command.prepare();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return Failure::new(format!("cannot start: {error}")).tell(),

@@ -1,33 +1,109 @@
-//! What a person hears on standard error while a chain is used.
+//! What a person hears on standard error while a chain is used, and the log.
+//!
+//! Standard error may be closed while we serve: nothing here fails for that.
 
-use std::sync::Arc;
+use std::{
+    io::{IsTerminal, Write},
+    sync::{Arc, OnceLock},
+};
 
+use indicatif::ProgressBar;
 use readonce_disk::chain::{Report, Reporter};
+
+/// The bar that is drawn now, if any: lines must not run into it.
+static BAR: OnceLock<ProgressBar> = OnceLock::new();
+
+/// Lines go above this bar from now on.
+pub fn go_above(bar: ProgressBar) {
+    let _ = BAR.set(bar);
+}
+
+/// One line on standard error, after the program's name.
+pub fn tell(text: impl std::fmt::Display) {
+    let line = || {
+        let _ = writeln!(std::io::stderr(), "readonce: {text}");
+    };
+    match BAR.get() {
+        Some(bar) if !bar.is_finished() => bar.suspend(line),
+        _ => line(),
+    }
+}
 
 /// Warns.
 pub fn warn(text: impl std::fmt::Display) {
-    eprintln!("readonce: warning: {text}");
+    tell(format_args!("warning: {text}"));
 }
 
-/// How much is told.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Told {
-    /// Warnings, and every file and URL that is opened.
-    All,
-    /// Warnings.
-    Warnings,
-    /// Nothing.
-    Nothing,
+/// Flags about how much is told.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct ToldArgs {
+    /// Log to standard error what is done; twice: in detail
+    #[arg(short = 'v', long, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// Tell nothing but errors
+    #[arg(long, conflicts_with = "verbose")]
+    pub quiet: bool,
 }
 
-/// Tells on standard error.
-pub fn reporter(told: Told) -> Reporter {
-    Arc::new(move |report| match report {
-        Report::Opened { name, format, writable } if told == Told::All => {
-            let how = if writable { "read and written" } else { "read" };
-            eprintln!("readonce: {name}: {format}, {how}");
+impl ToldArgs {
+    /// Tells of a chain on standard error: warnings, and every file and URL that is opened.
+    pub fn reporter(self) -> Reporter {
+        Arc::new(move |report| match report {
+            _ if self.quiet => {}
+            Report::Opened { name, format, writable } => {
+                let how = if writable { "to read and write" } else { "to read" };
+                tell(format_args!("opened {name} ({format}) {how}"));
+            }
+            Report::Warning(text) => warn(text),
+        })
+    }
+
+    /// One line, unless all is to be quiet.
+    pub fn say(self, text: impl std::fmt::Display) {
+        if !self.quiet {
+            tell(text);
         }
-        Report::Warning(text) if told != Told::Nothing => warn(text),
-        Report::Opened { .. } | Report::Warning(_) => {}
-    })
+    }
+
+    /// Whether progress and a summary are wanted: a person looks on.
+    pub fn for_a_person(self) -> bool {
+        !self.quiet && (self.verbose > 0 || std::io::stderr().is_terminal())
+    }
+
+    /// Starts the log. `RUST_LOG` wins over the flags.
+    pub fn start_log(self) {
+        start_log(match (self.quiet, self.verbose) {
+            (true, _) => "off",
+            (_, 0) => "warn",
+            (_, 1) => "info",
+            (_, _) => "debug",
+        });
+    }
+}
+
+/// Starts the log at a level, or as `RUST_LOG` says.
+pub fn start_log(level: &str) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(|| AboveTheBar)
+        .with_ansi(std::io::stderr().is_terminal())
+        .try_init();
+}
+
+/// Writes log lines to standard error without running into the bar.
+struct AboveTheBar;
+
+impl Write for AboveTheBar {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        match BAR.get() {
+            Some(bar) if !bar.is_finished() => bar.suspend(|| std::io::stderr().write(bytes)),
+            _ => std::io::stderr().write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }

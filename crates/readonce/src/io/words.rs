@@ -1,0 +1,233 @@
+//! A command of `readonce io`, taken apart: options, offset, lengths. Refused in qemu-io's words.
+
+use crate::options::{self, NoSize};
+
+/// Bytes of one request at most, as in QEMU.
+const REQUEST_BYTES_MAX: u64 = 2_147_483_136;
+
+/// Options that a command takes, as in C's getopt: a letter, and `:` after one with a value.
+pub struct Spec {
+    /// First is the name that is printed.
+    pub names: &'static [&'static str],
+    /// Letters.
+    pub letters: &'static str,
+    /// Arguments at least, options included, as in qemu-io.
+    pub arguments_min: usize,
+    /// Arguments as help prints them.
+    pub arguments: &'static str,
+    /// What it does, for help.
+    pub help: &'static str,
+}
+
+/// The commands.
+pub const SPECS: &[Spec] = &[
+    Spec {
+        names: &["alloc"],
+        letters: "",
+        arguments_min: 1,
+        arguments: "offset [count]",
+        help: "checks if offset is allocated in the file",
+    },
+    Spec {
+        names: &["aio_flush"],
+        letters: "",
+        arguments_min: 0,
+        arguments: "",
+        help: "completes all outstanding aio requests",
+    },
+    Spec {
+        names: &["discard", "d"],
+        letters: "Cq",
+        arguments_min: 2,
+        arguments: "[-Cq] off len",
+        help: "discards a number of bytes at a specified offset",
+    },
+    Spec {
+        names: &["flush", "f"],
+        letters: "",
+        arguments_min: 0,
+        arguments: "",
+        help: "flush all in-core file state to disk",
+    },
+    Spec {
+        names: &["help", "?"],
+        letters: "",
+        arguments_min: 0,
+        arguments: "",
+        help: "help for all commands",
+    },
+    Spec {
+        names: &["length", "l"],
+        letters: "",
+        arguments_min: 0,
+        arguments: "",
+        help: "gets the length of the current file",
+    },
+    Spec {
+        names: &["map"],
+        letters: "",
+        arguments_min: 0,
+        arguments: "",
+        help: "prints the allocated areas of a file",
+    },
+    Spec { names: &["quit", "q"], letters: "", arguments_min: 0, arguments: "", help: "exit the program" },
+    Spec {
+        names: &["read", "r"],
+        letters: "Cqrvl:s:P:",
+        arguments_min: 2,
+        arguments: "[-Cqrv] [-P pattern [-s off] [-l len]] off len",
+        help: "reads a number of bytes at a specified offset",
+    },
+    Spec {
+        names: &["readv", "rv", "aio_read"],
+        letters: "CqrvP:",
+        arguments_min: 2,
+        arguments: "[-Cqrv] [-P pattern] off len [len..]",
+        help: "reads a number of bytes at a specified offset",
+    },
+    Spec {
+        names: &["sleep"],
+        letters: "",
+        arguments_min: 1,
+        arguments: "",
+        help: "waits for the given value in milliseconds",
+    },
+    Spec {
+        names: &["write", "w"],
+        letters: "CfnqruzP:",
+        arguments_min: 2,
+        arguments: "[-Cfnqruz] [-P pattern] off len",
+        help: "writes a number of bytes at a specified offset",
+    },
+    Spec {
+        names: &["writev", "wv", "aio_write"],
+        letters: "CfqruzP:",
+        arguments_min: 2,
+        arguments: "[-Cfqruz] [-P pattern] off len [len..]",
+        help: "writes a number of bytes at a specified offset",
+    },
+];
+
+/// A line taken apart.
+pub struct Words {
+    /// Options, in order, each with its value.
+    options: Vec<(char, Option<String>)>,
+    /// What follows them.
+    pub rest: Vec<String>,
+}
+
+/// What is wrong with a line, and where qemu-io says it.
+pub enum Refused {
+    /// On standard output.
+    Out(String),
+    /// On standard error.
+    Err(String),
+}
+
+impl Words {
+    /// Takes the arguments of a command apart.
+    pub fn parse(spec: &Spec, arguments: &[&str]) -> Result<Self, Refused> {
+        let name = spec.names[0];
+        if arguments.len() < spec.arguments_min {
+            return Err(Refused::Err(format!(
+                "bad argument count {} to {name}, expected at least {} arguments",
+                arguments.len(),
+                spec.arguments_min
+            )));
+        }
+        let mut words = Self { options: Vec::new(), rest: Vec::new() };
+        let mut arguments = arguments.iter();
+        while let Some(argument) = arguments.next() {
+            let Some(letters) = argument.strip_prefix('-').filter(|letters| !letters.is_empty()) else {
+                words.rest.push((*argument).to_owned());
+                continue;
+            };
+            let mut letters = letters.chars();
+            while let Some(letter) = letters.next() {
+                let at = spec.letters.find(letter).filter(|_| letter != ':');
+                let Some(at) = at else {
+                    return Err(Refused::Err(format!(
+                        "{name}: invalid option -- '{letter}'\n{}",
+                        spec.usage()
+                    )));
+                };
+                let value = match spec.letters[at + 1..].starts_with(':') {
+                    false => None,
+                    true => match letters.as_str() {
+                        "" => arguments.next().map(|value| (*value).to_owned()),
+                        rest => {
+                            let rest = rest.to_owned();
+                            letters = "".chars();
+                            Some(rest)
+                        }
+                    },
+                };
+                words.options.push((letter, value));
+            }
+        }
+        if words.rest.len() < spec.arguments_min {
+            return Err(Refused::Out(spec.usage()));
+        }
+        Ok(words)
+    }
+
+    /// Whether an option was given.
+    pub fn has(&self, letter: char) -> bool {
+        self.options.iter().any(|(given, _)| *given == letter)
+    }
+
+    fn value(&self, letter: char) -> Option<&str> {
+        self.options.iter().rev().find(|(given, _)| *given == letter)?.1.as_deref()
+    }
+
+    /// `-P`.
+    pub fn pattern(&self) -> Result<Option<u8>, Refused> {
+        let Some(text) = self.value('P') else { return Ok(None) };
+        let number = match text.strip_prefix("0x") {
+            Some(hex) => u8::from_str_radix(hex, 16),
+            None => text.parse(),
+        };
+        number.map(Some).map_err(|_| Refused::Out(format!("{text} is not a valid pattern byte")))
+    }
+
+    /// A number of bytes given to an option.
+    pub fn bytes_of(&self, letter: char) -> Result<Option<u64>, Refused> {
+        self.value(letter).map(bytes).transpose()
+    }
+
+    /// The number of bytes at a place after the options.
+    pub fn bytes(&self, index: usize) -> Result<u64, Refused> {
+        bytes(self.rest.get(index).map_or("", String::as_str))
+    }
+
+    /// All lengths from a place on, together.
+    pub fn len_from(&self, index: usize) -> Result<u64, Refused> {
+        let mut all = 0_u64;
+        for text in self.rest.get(index..).unwrap_or_default() {
+            all = all.saturating_add(bytes(text)?);
+            if all > REQUEST_BYTES_MAX {
+                return Err(Refused::Out(format!("length cannot exceed {REQUEST_BYTES_MAX}, given {text}")));
+            }
+        }
+        Ok(all)
+    }
+}
+
+impl Spec {
+    /// The line that help prints.
+    pub fn usage(&self) -> String {
+        let between = if self.arguments.is_empty() { "" } else { " " };
+        format!("{}{between}{} -- {}", self.names[0], self.arguments, self.help)
+    }
+}
+
+fn bytes(text: &str) -> Result<u64, Refused> {
+    options::size(text).map_err(|error| {
+        Refused::Out(match error {
+            NoSize::Malformed => {
+                format!("Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- {text}")
+            }
+            NoSize::OutOfRange => format!("Parsing error: argument too large -- {text}"),
+        })
+    })
+}
