@@ -117,7 +117,7 @@ async fn rewrite_backing(
             header.layout.header_bytes
         )));
     }
-    let name_at = place_name(&header, bytes(name.len()), bytes(record.len()));
+    let name_at = place_name(&header, &backing.name, bytes(record.len()));
 
     features |= FEATURE_BACKING_FILE;
     if backing.format.as_deref() == Some("raw") {
@@ -131,7 +131,7 @@ async fn rewrite_backing(
     fields.features = features.into();
     fields.compat_features = compat.into();
     fields.autoclear_features = autoclear.into();
-    fields.backing_filename_offset = u32::try_from(name_at).expect("placed below 8 KiB").into();
+    fields.backing_filename_offset = u32::try_from(name_at).expect("an old offset, or below 8 KiB").into();
     fields.backing_filename_size = u32::try_from(name.len()).expect("at most 4095").into();
 
     let mut outside = false;
@@ -150,30 +150,30 @@ async fn rewrite_backing(
     }
     if outside {
         file.sync().await?;
-        if name_at < SECTOR_BYTES {
-            // A name that begins in the first sector and leaves it was written above: take its beginning along.
-            let head = file.read(HEADER_BYTES, sector.rest.len()).await?;
-            if name_at + bytes(backing.name.len()) > SECTOR_BYTES {
-                sector.rest.copy_from_slice(&head);
-            }
-        }
+    }
+    if (HEADER_BYTES..SECTOR_BYTES).contains(&name_at) && name_at + bytes(backing.name.len()) > SECTOR_BYTES {
+        // The name's beginning was written into the first sector: it is to stay there.
+        let beginning = file.read(HEADER_BYTES, sector.rest.len()).await?;
+        sector.rest.copy_from_slice(&beginning);
     }
     write_sector(file, sector).await
 }
 
-/// Where a name of `len` bytes goes, beside a record of `record_bytes`. In the first sector where it fits; else where it leaves the
-/// old name whole until the header points to the new one; else behind the fields, and a crash may tear the name.
-fn place_name(header: &Header, len: u64, record_bytes: u64) -> u64 {
+/// Where a name goes, beside a record of `record_bytes`. In the first sector where it fits; where it lies already, if it is the same;
+/// else where it leaves the old name whole until the header points to the new one. Where there is no such place, behind
+/// the fields, and a crash may tear it.
+fn place_name(header: &Header, name: &str, record_bytes: u64) -> u64 {
+    let len = bytes(name.len());
     if HEADER_BYTES + len <= SECTOR_BYTES {
         return HEADER_BYTES;
     }
-    let fields = &header.sector.fields;
-    let old_start = u64::from(fields.backing_filename_offset.get());
+    let end_max = header.layout.header_bytes - record_bytes;
+    let old_start = u64::from(header.sector.fields.backing_filename_offset.get());
     let old = match &header.backing {
-        Some(backing) => old_start..old_start + bytes(backing.name.len()),
+        Some(old) if old.name == name && old_start + len <= end_max => return old_start,
+        Some(old) => old_start..old_start + bytes(old.name.len()),
         None => 0..0,
     };
-    let end_max = header.layout.header_bytes - record_bytes;
     let free = |at: u64| {
         let new: Range<u64> = at..at + len;
         new.end <= end_max && (new.end <= old.start || old.end <= new.start)

@@ -322,7 +322,11 @@ fn changes_are_seen_by_qemu_img() {
             let kept = (len % 2 == 0).then(|| pin.clone());
             change(HeaderChange::Backing(Some(backing.clone()), kept.clone())).await.unwrap();
             let said = qed().describe(&reader).await.unwrap();
-            assert_eq!((said.backing, said.pin), (Some(backing), kept));
+            assert_eq!((said.backing, said.pin), (Some(backing.clone()), kept));
+            let other = readonce_format::driver::Pin { validator: vec![1; 600], len: 5 };
+            change(HeaderChange::Pin(other.clone())).await.unwrap();
+            let said = qed().describe(&reader).await.unwrap();
+            assert_eq!((said.backing, said.pin), (Some(backing), Some(other)));
             folder.save(&file);
             let info = ok("qemu-img", &["info", "-f", "qed", text(&image)]);
             assert!(info.contains(&format!("backing file: {name}")), "{info}");
@@ -389,4 +393,31 @@ fn a_dirty_image_of_qemu_is_closed_clean() {
     });
     folder.save(&file);
     ok("qemu-img", &["check", "-f", "qed", text(&image)]);
+}
+
+#[test]
+fn a_file_of_this_machine() {
+    let shape = Shape { cluster_size: 65536, table_size: 4, size: (40 << 20) + 512, backing: true };
+    let folder = Folder::new(shape);
+    block_on(async {
+        let mode = readonce_storage::OpenMode::CreateNew;
+        let file: Arc<dyn Storage> =
+            Arc::new(readonce_storage::LocalFile::open(folder.image(), mode).unwrap());
+        qed().create(&file, &crate::guest::spec(&shape)).await.unwrap();
+        let mut rng = rng(77);
+        let mut model = Model::new(shape);
+        for round in 0..3 {
+            let mut guest = Guest::open(file.clone(), model.clone()).await.unwrap();
+            guest.next_tag = 1000 * (round + 1);
+            for _ in 0..60 {
+                let op = random_op(&mut rng, &shape);
+                guest.run(&op).await.unwrap();
+            }
+            guest.check_reads().await;
+            guest.mapper.close().await.unwrap();
+            model = guest.model;
+            model.flushed();
+            folder.accepts(&model, "a local file");
+        }
+    });
 }
