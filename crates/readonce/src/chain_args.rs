@@ -44,6 +44,9 @@ impl OriginArgs {
         for url in &urls {
             credentials.add_user_of(url);
         }
+        // What the user typed has what signs it; the name of the same place in an image has not.
+        url_override
+            .extend(named.iter().copied().filter(|locator| matches!(locator, Locator::Http(_))).cloned());
         let defaults = OriginOptions::default();
         Ok(OriginOptions {
             retry_for: self.retry_for,

@@ -28,6 +28,7 @@ mod progress;
 mod rebase;
 mod report;
 mod resize;
+mod run;
 mod serve;
 mod session;
 mod signals;
@@ -65,6 +66,7 @@ enum Command {
     Rebase(rebase::Args),
     Resize(resize::Args),
     Serve(serve::Args),
+    Run(run::Args),
     Io(io::Args),
 }
 
@@ -73,10 +75,11 @@ impl Command {
     fn prepare(&self) {
         match self {
             Self::Serve(args) => args.told.start_log(),
+            Self::Run(args) => args.told.start_log(),
             Self::Io(args) => args.told.start_log(),
             _ => report::start_log("warn"),
         }
-        if !matches!(self, Self::Serve(_)) {
+        if !matches!(self, Self::Serve(_) | Self::Run(_)) {
             // As of every small tool: `readonce map IMAGE | head` ends in silence.
             // SAFETY: no other thread runs yet, and the default action is a valid disposition.
             unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
@@ -93,6 +96,7 @@ impl Command {
             Self::Rebase(args) => rebase::run(args).await,
             Self::Resize(args) => resize::run(args).await,
             Self::Serve(args) => serve::run(args).await,
+            Self::Run(args) => run::run(args).await,
             Self::Io(args) => io::run(args).await,
         }
     }

@@ -1,0 +1,109 @@
+//! `readonce run`: a command with an image at hand, as an NBD export on a private socket.
+//!
+//! - `run`: the flags, and the order of things. `run/image`: which image is served. `run/cache`: the images kept for URLs.
+//!   `run/command`: the command itself.
+//! - The command ends first, then the export, then the image is closed; the exit status is the command's.
+
+mod cache;
+mod command;
+mod image;
+
+use std::{path::Path, process::ExitCode};
+
+use readonce_export::nbd::Listener;
+
+use crate::{
+    chain_args::UseArgs,
+    failure::{Failure, Outcome},
+    report::{self, ToldArgs},
+    session::{self, EndArgs, Session},
+    signals::{Signals, end_at_the_next},
+};
+
+/// Longest path of a socket that fits into its address, with room for our own name.
+const SOCKET_FOLDER_BYTES_MAX: usize = 80;
+
+/// Run a command that uses an image or URL, filling the image as it is read
+#[derive(Debug, clap::Args)]
+#[command(
+    override_usage = "readonce run [OPTIONS] IMAGE|URL -- COMMAND [ARGUMENT]...",
+    after_help = "In COMMAND and its arguments {uri} becomes the NBD URI and {socket} the path of its socket; READONCE_URI holds \
+                  the URI too.\n\
+                  With a URL and no --image, what is read is kept in the user's cache folder ($XDG_CACHE_HOME/readonce), and \
+                  what the command writes is gone at the end.\n\
+                  Exit status: the command's; 128 + n if signal n ended it; 127 if it was not found.\n\
+                  Example: readonce run http://host/Fedora.iso -- qemu-system-x86_64 -cdrom {uri} -boot d"
+)]
+pub struct Args {
+    #[command(flatten)]
+    chain: UseArgs,
+    /// Keep everything, writes too, in this image; made first if it is not there
+    #[arg(long, value_name = "FILE")]
+    image: Option<std::path::PathBuf>,
+    #[command(flatten)]
+    end: EndArgs,
+    #[command(flatten)]
+    pub told: ToldArgs,
+    /// File or URL
+    #[arg(value_name = "IMAGE|URL")]
+    name: Option<String>,
+    /// What to run
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+/// Runs it.
+pub async fn run(mut args: Args) -> Outcome {
+    let name = args.chain.take_drive("run", args.name.take())?;
+    if args.command.is_empty() {
+        return Err(Failure::usage("run", "Nothing to run: give the command after --"));
+    }
+    let image = image::choose(&name, &args).await?;
+    let chain = session::open(&image.top, image.options.clone(), args.told).await;
+    // Opened, it needs no name any more, and its room is given back however we end.
+    drop(image.temporary);
+    let chain = chain?;
+
+    let folder = private_folder()?;
+    let socket = folder.path().join("nbd");
+    let listener =
+        Listener::unix(&socket).map_err(|error| Failure::new(format!("Cannot listen: {error}")))?;
+    let mut signals =
+        Signals::catch().map_err(|error| Failure::new(format!("cannot catch signals: {error}")))?;
+    let session = Session::start(chain, listener, "", &args.end, args.told)?;
+    if let Some(note) = &image.note {
+        args.told.say(note);
+    }
+    let status = command::run(&args.command, session.uri(), &socket, &mut signals).await;
+    end_at_the_next(signals);
+    let ended = session.end(Some(image.kept.clone())).await;
+    if image.writes_are_temporary {
+        args.told.say(format_args!(
+            "what the command wrote is gone; what it read is kept in {}",
+            image.kept.display()
+        ));
+    }
+    drop(image.claim);
+    match (status, ended) {
+        (Err(failure), _) => Err(failure),
+        (Ok(0), Err(failure)) => {
+            Err(Failure { text: format!("{}: {}", image.kept.display(), failure.text), ..failure })
+        }
+        (Ok(status), ended) => {
+            if let Err(failure) = ended {
+                report::tell(format_args!("{}: {}", image.kept.display(), failure.text));
+            }
+            Ok(ExitCode::from(status))
+        }
+    }
+}
+
+/// A folder of mode 0700 for the socket, deleted with what is in it.
+fn private_folder() -> Result<tempfile::TempDir, Failure> {
+    let usual = std::env::temp_dir();
+    let folder = if usual.as_os_str().len() > SOCKET_FOLDER_BYTES_MAX { Path::new("/tmp") } else { &usual };
+    tempfile::Builder::new()
+        .prefix("readonce-")
+        .tempdir_in(folder)
+        .map_err(|error| Failure::new(format!("Could not make a folder in '{}': {error}", folder.display())))
+}

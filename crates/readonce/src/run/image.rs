@@ -1,0 +1,244 @@
+//! Which image `readonce run` serves.
+//!
+//! | named | `--image` | served | writes |
+//! |---|---|---|---|
+//! | a file | no | the file | stay in it |
+//! | a URL | FILE | FILE, made first if it is not there | stay in it |
+//! | a URL | no | a temporary image over the cache's image of the URL | gone at the end |
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use readonce_disk::chain::{ChainOptions, CopyOnRead};
+use readonce_format::driver::{BackingRef, CreateSpec, Pin, driver};
+use readonce_origin::{Locator, Origin};
+use readonce_storage::{LocalFile, ReadAt, Storage, local::OpenMode};
+use url::Url;
+
+use super::{Args, cache};
+use crate::{failure::Failure, look};
+
+/// What to open.
+pub struct Chosen {
+    /// The top of the chain.
+    pub top: String,
+    /// How to open it.
+    pub options: ChainOptions,
+    /// The image that keeps what was read.
+    pub kept: PathBuf,
+    /// Whether what the command writes is gone at the end.
+    pub writes_are_temporary: bool,
+    /// What to tell before the command runs.
+    pub note: Option<&'static str>,
+    /// Keeps others away from the cache's image.
+    pub claim: Option<cache::Claim>,
+    /// The folder of the temporary image; needed until it is open.
+    pub temporary: Option<tempfile::TempDir>,
+}
+
+/// Finds it, or makes it.
+pub async fn choose(name: &str, args: &Args) -> Result<Chosen, Failure> {
+    let options = args.chain.chain_options(name)?;
+    let locator = look::locator(name)?;
+    match (locator, &args.image) {
+        (Locator::Http(url), Some(image)) => in_image(&url, image, options, args).await,
+        (Locator::Http(url), None) => in_cache(&url, options).await,
+        (locator @ Locator::File(_), Some(image)) => {
+            if std::fs::symlink_metadata(image).is_err() {
+                let backing = std::path::absolute(name).map_err(|error| Failure::new(error.to_string()))?;
+                make_over(&Locator::File(backing), image, &options).await?;
+            } else {
+                check_backing(image, &locator).await?;
+            }
+            Ok(Chosen::kept_in(image, options))
+        }
+        (Locator::File(path), None) => Ok(Chosen { top: name.to_owned(), ..Chosen::kept_in(&path, options) }),
+    }
+}
+
+impl Chosen {
+    /// All stays in `image`.
+    fn kept_in(image: &Path, options: ChainOptions) -> Self {
+        Self {
+            top: image.display().to_string(),
+            options,
+            kept: image.to_owned(),
+            writes_are_temporary: false,
+            note: None,
+            claim: None,
+            temporary: None,
+        }
+    }
+}
+
+async fn in_image(
+    url: &Url,
+    image: &Path,
+    mut options: ChainOptions,
+    args: &Args,
+) -> Result<Chosen, Failure> {
+    let place = Locator::Http(url.clone());
+    if std::fs::symlink_metadata(image).is_err() {
+        make_over(&place, image, &options).await?;
+        args.told.say(format_args!("made {}", image.display()));
+    } else {
+        check_backing(image, &place).await?;
+    }
+    // -f was said of the URL; the image has its own.
+    options.format = None;
+    Ok(Chosen::kept_in(image, options))
+}
+
+/// An image over `place` with copy-on-read, pinned to what is there now.
+async fn make_over(place: &Locator, image: &Path, options: &ChainOptions) -> Result<(), Failure> {
+    let rt = readonce_storage::runtime::TokioRuntime::current();
+    let origin = readonce_origin::open(place, &options.origin, &rt)
+        .await
+        .map_err(|error| look::cannot_open(&place.printable(), error))?;
+    make(image, place, origin, options.format.as_deref()).await
+}
+
+/// The same over an origin that is open.
+async fn make(
+    image: &Path,
+    place: &Locator,
+    origin: Arc<dyn Origin>,
+    format: Option<&str>,
+) -> Result<(), Failure> {
+    let name = place.printable();
+    let file: Arc<dyn ReadAt> = origin.clone();
+    let below = look::driver_of(&*file, format).await.map_err(|cause| look::cannot_open(&name, cause))?;
+    let description = below.describe(&file).await.map_err(|error| look::cannot_open(&name, error))?;
+    if format.is_none() && below.name() == "raw" {
+        let head = file.read(0, usize::try_from(file.len().min(4)).expect("it is small")).await;
+        if head.is_ok_and(|head| head.starts_with(b"QFI\xfb")) {
+            return Err(look::cannot_open(
+                &name,
+                "it is a qcow2 image, which is not read yet; -f raw serves it as it stands",
+            ));
+        }
+    }
+    let may_be_filled = matches!(place, Locator::File(_)) && below.name() != "raw";
+    let spec = CreateSpec {
+        size: description.virtual_size.next_multiple_of(512),
+        backing: Some(BackingRef { name: place.stored_name(), format: Some(below.name().to_owned()) }),
+        options: vec![("copy_on_read".to_owned(), None)],
+        pin: (!may_be_filled).then(|| Pin { validator: origin.validator(), len: origin.len() }),
+    };
+    create(image, &spec).await
+}
+
+/// Makes a new QED image; what cannot be finished is not left behind.
+async fn create(image: &Path, spec: &CreateSpec) -> Result<(), Failure> {
+    let failed = |cause: String| Failure::new(format!("Could not create '{}': {cause}", image.display()));
+    let qed = driver("qed").ok_or_else(|| failed("there is no driver for QED".to_owned()))?;
+    let file = LocalFile::open(image, OpenMode::CreateNew).map_err(|error| failed(error.to_string()))?;
+    let file: Arc<dyn Storage> = Arc::new(file);
+    let created = qed.create(&file, spec).await;
+    if created.is_err() {
+        let _ = std::fs::remove_file(image);
+    }
+    created.map_err(|error| failed(error.to_string()))
+}
+
+/// An image that is there must be one of the same place.
+async fn check_backing(image: &Path, place: &Locator) -> Result<(), Failure> {
+    let name = image.display().to_string();
+    let file: Arc<dyn ReadAt> =
+        Arc::new(LocalFile::open(image, OpenMode::Read).map_err(|error| look::cannot_open(&name, error))?);
+    let found = look::driver_of(&*file, None).await.map_err(|cause| look::cannot_open(&name, cause))?;
+    let description = found.describe(&file).await.map_err(|error| look::cannot_open(&name, error))?;
+    let backing = description.backing.map(|backing| backing.name);
+    let parent = Locator::File(std::path::absolute(image).unwrap_or_else(|_| image.to_owned()));
+    let same = backing
+        .as_deref()
+        .and_then(|backing| Locator::parse(backing, Some(&parent)).ok())
+        .is_some_and(|backing| match (&backing, place) {
+            (Locator::File(a), Locator::File(b)) => {
+                std::fs::canonicalize(a).ok().is_some_and(|a| std::fs::canonicalize(b).ok() == Some(a))
+            }
+            (backing, place) => backing.same_place(place),
+        });
+    match (same, backing) {
+        (true, _) => Ok(()),
+        (false, Some(backing)) => {
+            Err(Failure::new(format!("{name} is an image over {backing}, not over {}", place.printable())))
+        }
+        (false, None) => Err(Failure::new(format!(
+            "{name} is an image without a backing file, not over {}",
+            place.printable()
+        ))),
+    }
+}
+
+async fn in_cache(url: &Url, mut options: ChainOptions) -> Result<Chosen, Failure> {
+    let place = Locator::Http(url.clone());
+    let found = cache::find(&place, &options).await?;
+    for warning in &found.warnings {
+        crate::report::warn(warning);
+    }
+    let claim = cache::Claim::take(&found.image, &place)?;
+    if let Some(origin) = found.origin
+        && std::fs::symlink_metadata(&found.image).is_err()
+    {
+        // Under another name first: a kill in between leaves no half image under the right one.
+        let draft = found.image.with_extension("new");
+        let _ = std::fs::remove_file(&draft);
+        make(&draft, &place, origin, options.format.as_deref()).await?;
+        std::fs::rename(&draft, &found.image).map_err(|error| {
+            Failure::new(format!("Could not create '{}': {error}", found.image.display()))
+        })?;
+    }
+    check_backing(&found.image, &place).await?;
+    options.format = Some("qed".to_owned());
+    if options.read_only || options.copy_on_read == CopyOnRead::Off {
+        options.read_only = true;
+        return Ok(Chosen { claim: Some(claim), ..Chosen::kept_in(&found.image, options) });
+    }
+    let temporary = temporary_folder()?;
+    let top = temporary.path().join("guest.qed");
+    over(&found.image, &top).await?;
+    // The fills go into the cache's image, which says so itself; the guest's image takes writes only.
+    options.copy_on_read = CopyOnRead::Auto;
+    Ok(Chosen {
+        top: top.display().to_string(),
+        options,
+        kept: found.image,
+        writes_are_temporary: true,
+        note: Some(
+            "what is read is kept in the user's cache; what the command writes is temporary (--image FILE keeps it)",
+        ),
+        claim: Some(claim),
+        temporary: Some(temporary),
+    })
+}
+
+/// A temporary image over the cache's.
+async fn over(below: &Path, top: &Path) -> Result<(), Failure> {
+    let name = below.display().to_string();
+    let file: Arc<dyn ReadAt> =
+        Arc::new(LocalFile::open(below, OpenMode::Read).map_err(|error| look::cannot_open(&name, error))?);
+    let qed = driver("qed").ok_or_else(|| Failure::new("there is no driver for QED"))?;
+    let description = qed.describe(&file).await.map_err(|error| look::cannot_open(&name, error))?;
+    let spec = CreateSpec {
+        size: description.virtual_size,
+        backing: Some(BackingRef { name, format: Some("qed".to_owned()) }),
+        ..CreateSpec::default()
+    };
+    create(top, &spec).await
+}
+
+/// Where a guest may write a lot: as QEMU's -snapshot, not in memory if that can be helped.
+fn temporary_folder() -> Result<tempfile::TempDir, Failure> {
+    let folder = match std::env::var_os("TMPDIR") {
+        Some(folder) if !folder.is_empty() => PathBuf::from(folder),
+        _ if Path::new("/var/tmp").is_dir() => PathBuf::from("/var/tmp"),
+        _ => std::env::temp_dir(),
+    };
+    tempfile::Builder::new()
+        .prefix("readonce-")
+        .tempdir_in(&folder)
+        .map_err(|error| Failure::new(format!("Could not make a folder in '{}': {error}", folder.display())))
+}
