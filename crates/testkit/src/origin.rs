@@ -3,7 +3,7 @@
 //! - HTTP/1.1, and HTTP/2 without TLS. Content is generated, so a file may be larger than memory.
 //! - Every request is logged, and every body byte counted, as it is handed to the connection.
 //! - It can vanish and come back at the same port, and stand behind a [`Link`].
-//! - Like a signed URL it refuses HEAD.
+//! - Like a signed URL it refuses HEAD, unless it is told to allow it.
 //!
 //! Not here: TLS (tests use nginx for it).
 
@@ -301,6 +301,7 @@ struct Plan {
     redirect: Option<(u16, String)>,
     headers: Vec<(String, Option<String>)>,
     deny_if_match: bool,
+    allow_head: bool,
 }
 
 impl Plan {
@@ -333,6 +334,7 @@ impl Plan {
             Fault::Header(name, value) => self.headers.push((name, Some(value))),
             Fault::NoHeader(name) => self.headers.push((name, None)),
             Fault::DenyIfMatch => self.deny_if_match = true,
+            Fault::AllowHead => self.allow_head = true,
         }
     }
 }
@@ -433,7 +435,7 @@ fn head_of(request: &Request<Incoming>, spec: &OriginSpec, plan: &Plan) -> (Head
         put(header::LOCATION, location);
         return (Head { status: status(*code), headers }, 0..0);
     }
-    if request.method() != Method::GET {
+    if request.method() != Method::GET && !(plan.allow_head && request.method() == Method::HEAD) {
         return (Head { status: StatusCode::METHOD_NOT_ALLOWED, headers }, 0..0);
     }
     if let Some((name, value)) = &spec.require

@@ -62,6 +62,8 @@ pub enum Fault {
     NoHeader(String),
     /// Denies every If-Match.
     DenyIfMatch,
+    /// Answers HEAD as well, which clients made on curl need: no fault at all, but the origin refuses it otherwise.
+    AllowHead,
 }
 
 /// Which requests a fault meets, counted from when it is given.
