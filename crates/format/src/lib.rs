@@ -7,6 +7,9 @@
 //! A driver does metadata I/O only, through the byte traits of `readonce-storage`. It moves no guest data, knows
 //! nothing of copy-on-read, of origins or of exports.
 
+#![deny(clippy::unwrap_used, clippy::indexing_slicing, clippy::as_conversions)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::as_conversions))]
+
 pub mod driver;
 pub mod error;
 pub mod mapper;

@@ -9,9 +9,6 @@
 //! Extensions that the specification leaves room for, and that QEMU keeps or clears by the rules for unknown bits: compat bit
 //! 0x01, copy-on-read is the image's default; compat bit 0x02 with autoclear bit 0x01, a pin (`record`).
 
-#![deny(clippy::unwrap_used, clippy::indexing_slicing, clippy::as_conversions)]
-#![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::as_conversions))]
-
 mod alloc;
 mod cache;
 mod change;

@@ -156,7 +156,10 @@ impl Driver for Raw {
     }
 
     fn open(&self, file: Arc<dyn ReadAt>) -> BoxFuture<'static, Result<Arc<dyn Mapper>, FormatError>> {
-        Box::pin(async move { Ok(Arc::new(RawMapper::open(file)?) as Arc<dyn Mapper>) })
+        Box::pin(async move {
+            let mapper: Arc<dyn Mapper> = Arc::new(RawMapper::open(file)?);
+            Ok(mapper)
+        })
     }
 
     fn open_writable(
@@ -164,7 +167,10 @@ impl Driver for Raw {
         file: Arc<dyn Storage>,
         _: Rt,
     ) -> BoxFuture<'static, Result<Arc<dyn WritableMapper>, FormatError>> {
-        Box::pin(async move { Ok(Arc::new(RawMapper::open(file)?) as Arc<dyn WritableMapper>) })
+        Box::pin(async move {
+            let mapper: Arc<dyn WritableMapper> = Arc::new(RawMapper::open(file)?);
+            Ok(mapper)
+        })
     }
 
     fn check<'a>(&self, _: &'a Arc<dyn ReadAt>) -> BoxFuture<'a, Result<CheckReport, FormatError>> {
