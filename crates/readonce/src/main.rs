@@ -16,7 +16,9 @@ mod amend;
 mod chain_args;
 mod check;
 mod create;
+mod demo;
 mod failure;
+mod folders;
 mod human;
 mod info;
 mod io;
@@ -68,6 +70,7 @@ enum Command {
     Serve(serve::Args),
     Run(run::Args),
     Io(io::Args),
+    Demo(demo::Args),
 }
 
 impl Command {
@@ -77,6 +80,8 @@ impl Command {
             Self::Serve(args) => args.told.start_log(),
             Self::Run(args) => args.told.start_log(),
             Self::Io(args) => args.told.start_log(),
+            // It shuts its own origin: what is logged about that is no news.
+            Self::Demo(_) => report::start_log("error"),
             _ => report::start_log("warn"),
         }
         if !matches!(self, Self::Serve(_) | Self::Run(_)) {
@@ -98,6 +103,7 @@ impl Command {
             Self::Serve(args) => serve::run(args).await,
             Self::Run(args) => run::run(args).await,
             Self::Io(args) => io::run(args).await,
+            Self::Demo(args) => demo::run(args).await,
         }
     }
 }

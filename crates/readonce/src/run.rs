@@ -8,20 +8,18 @@ mod cache;
 mod command;
 mod image;
 
-use std::{path::Path, process::ExitCode};
+use std::process::ExitCode;
 
 use readonce_export::nbd::Listener;
 
 use crate::{
     chain_args::UseArgs,
     failure::{Failure, Outcome},
+    folders,
     report::{self, ToldArgs},
     session::{self, EndArgs, Session},
     signals::{Signals, end_at_the_next},
 };
-
-/// Longest path of a socket that fits into its address, with room for our own name.
-const SOCKET_FOLDER_BYTES_MAX: usize = 80;
 
 /// Run a command that uses an image or URL, filling the image as it is read
 #[derive(Debug, clap::Args)]
@@ -64,7 +62,7 @@ pub async fn run(mut args: Args) -> Outcome {
     drop(image.temporary);
     let chain = chain?;
 
-    let folder = private_folder()?;
+    let folder = folders::private()?;
     let socket = folder.path().join("nbd");
     let listener =
         Listener::unix(&socket).map_err(|error| Failure::new(format!("Cannot listen: {error}")))?;
@@ -96,14 +94,4 @@ pub async fn run(mut args: Args) -> Outcome {
             Ok(ExitCode::from(status))
         }
     }
-}
-
-/// A folder of mode 0700 for the socket, deleted with what is in it.
-fn private_folder() -> Result<tempfile::TempDir, Failure> {
-    let usual = std::env::temp_dir();
-    let folder = if usual.as_os_str().len() > SOCKET_FOLDER_BYTES_MAX { Path::new("/tmp") } else { &usual };
-    tempfile::Builder::new()
-        .prefix("readonce-")
-        .tempdir_in(folder)
-        .map_err(|error| Failure::new(format!("Could not make a folder in '{}': {error}", folder.display())))
 }

@@ -11,6 +11,7 @@ use std::{
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use readonce_disk::chain::ChainOptions;
@@ -22,6 +23,9 @@ use crate::{failure::Failure, look};
 
 /// Letters of the file's own name in an image's name.
 const NAME_LETTERS_MAX: usize = 40;
+
+/// How long an origin is asked when there is an image that can be used without it.
+const PROBE_WITH_IMAGE: Duration = Duration::from_secs(3);
 
 /// The image for a URL.
 pub struct Found {
@@ -38,7 +42,10 @@ pub async fn find(place: &Locator, options: &ChainOptions) -> Result<Found, Fail
     let folder = folder()?;
     let prefix = prefix(place);
     let known = images(&folder, &prefix);
-    let asked = OriginOptions { reach: Reach::Required, expect: None, ..options.origin.clone() };
+    let mut asked = OriginOptions { reach: Reach::Required, expect: None, ..options.origin.clone() };
+    if !known.is_empty() {
+        asked.probe_for = asked.probe_for.min(PROBE_WITH_IMAGE);
+    }
     match readonce_origin::open(place, &asked, &TokioRuntime::current()).await {
         Ok(origin) => {
             let version = hash([origin.validator(), origin.len().to_le_bytes().to_vec()].concat());

@@ -18,7 +18,7 @@ use readonce_storage::{LocalFile, ReadAt, Storage, local::OpenMode};
 use url::Url;
 
 use super::{Args, cache};
-use crate::{failure::Failure, look};
+use crate::{failure::Failure, folders, look};
 
 /// What to open.
 pub struct Chosen {
@@ -197,7 +197,7 @@ async fn in_cache(url: &Url, mut options: ChainOptions) -> Result<Chosen, Failur
         options.read_only = true;
         return Ok(Chosen { claim: Some(claim), ..Chosen::kept_in(&found.image, options) });
     }
-    let temporary = temporary_folder()?;
+    let temporary = folders::roomy()?;
     let top = temporary.path().join("guest.qed");
     over(&found.image, &top).await?;
     // The fills go into the cache's image, which says so itself; the guest's image takes writes only.
@@ -228,17 +228,4 @@ async fn over(below: &Path, top: &Path) -> Result<(), Failure> {
         ..CreateSpec::default()
     };
     create(top, &spec).await
-}
-
-/// Where a guest may write a lot: as QEMU's -snapshot, not in memory if that can be helped.
-fn temporary_folder() -> Result<tempfile::TempDir, Failure> {
-    let folder = match std::env::var_os("TMPDIR") {
-        Some(folder) if !folder.is_empty() => PathBuf::from(folder),
-        _ if Path::new("/var/tmp").is_dir() => PathBuf::from("/var/tmp"),
-        _ => std::env::temp_dir(),
-    };
-    tempfile::Builder::new()
-        .prefix("readonce-")
-        .tempdir_in(&folder)
-        .map_err(|error| Failure::new(format!("Could not make a folder in '{}': {error}", folder.display())))
 }
