@@ -68,12 +68,13 @@ pub(super) struct Slice {
 }
 
 impl Slice {
-    /// Decodes the bytes of a slice; `valid` says which offsets may be there, `zero` whether the zero marker may.
+    /// Decodes the bytes of a slice; `valid` says whether entry so-and-so may hold an offset, `zero` whether
+    /// the zero marker may be there.
     pub(super) fn decode(
         slice_index: u64,
         slice_bytes: &[u8],
         zero: bool,
-        mut valid: impl FnMut(u64) -> bool,
+        mut valid: impl FnMut(u64, u64) -> bool,
     ) -> Self {
         let entries = Box::new([const { AtomicU64::new(ABSENT) }; ENTRIES]);
         let mut bad = BTreeMap::new();
@@ -81,7 +82,7 @@ impl Slice {
             let decoded = match raw {
                 ABSENT => Entry::Absent,
                 ZERO if zero => Entry::Zero,
-                offset if offset != ZERO && valid(offset) => Entry::At(offset),
+                offset if offset != ZERO && valid(bytes(at), offset) => Entry::At(offset),
                 _ => {
                     bad.insert(bytes(at), raw);
                     Entry::Bad
@@ -110,6 +111,11 @@ impl Slice {
             Entry::Bad => self.bad.get(&at).copied().unwrap_or(ABSENT),
             entry => entry.to_memory(),
         }
+    }
+
+    /// Which entries hold what may not be there.
+    pub(super) fn bad_entries(&self) -> Box<[u64]> {
+        self.bad.keys().copied().collect()
     }
 
     /// The error for the bad entry `at`, `field` saying of which table.

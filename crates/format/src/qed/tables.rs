@@ -48,9 +48,20 @@ pub(super) struct Tables {
     l1_load: tokio::sync::Mutex<()>,
     cache: Cache,
     shards: Box<[Shard]>,
-    /// Where L2 tables lie: offset to L1 index. Filled only for an image that is open for writing: there, a data
-    /// cluster that lies in a table would let a guest write overwrite it.
-    regions: RwLock<BTreeMap<u64, u64>>,
+    known: RwLock<Known>,
+}
+
+/// What an image that is open for writing knows of itself; empty for one that is open for reading.
+#[derive(Default)]
+struct Known {
+    /// Where L2 tables lie: offset to L1 index. A data cluster that lies in a table would let a guest write overwrite it.
+    regions: BTreeMap<u64, u64>,
+    /// The file's length when it was opened. An entry past it was wrong then, and does not become right because the
+    /// file grows: it would show what is allocated there now.
+    end: Option<u64>,
+    /// Slices that were pinned since then, and their bad entries: others may lie past `end`. 16 bytes for each slice, and the
+    /// image's size bounds them.
+    touched: BTreeMap<u64, Box<[u64]>>,
 }
 
 impl Tables {
@@ -63,7 +74,7 @@ impl Tables {
             l1_load: tokio::sync::Mutex::new(()),
             cache: Cache::new(layout.image_size.div_ceil(layout.slice_span())),
             shards: std::iter::repeat_with(Shard::default).take(SHARDS).collect(),
-            regions: RwLock::new(BTreeMap::new()),
+            known: RwLock::default(),
         }
     }
 
@@ -160,7 +171,8 @@ impl Tables {
         let file_len = self.file.len();
         let at = self.layout.l1_offset + slice_index * SLICE_BYTES;
         let read = self.file.read(at, index(SLICE_BYTES)).await?;
-        let slice = Slice::decode(slice_index, &read, false, |offset| self.layout.valid_l2(offset, file_len));
+        let slice =
+            Slice::decode(slice_index, &read, false, |_, offset| self.layout.valid_l2(offset, file_len));
         Ok(place.get_or_init(|| slice))
     }
 
@@ -223,6 +235,9 @@ impl Tables {
         let entry = pinned.entry(slice_index).or_insert_with(|| Pinned { slice: slice.clone(), pins: 0 });
         entry.pins += 1;
         let first = entry.pins == 1;
+        if first {
+            self.known.write().touched.entry(slice_index).or_insert_with(|| slice.bad_entries());
+        }
         Ok(Pin { tables: self.clone(), slice, first })
     }
 
@@ -238,7 +253,7 @@ impl Tables {
             let at = self.layout.l1_offset + slice_index * SLICE_BYTES;
             let read = self.file.read(at, index(SLICE_BYTES)).await?;
             let slice =
-                Slice::decode(slice_index, &read, false, |offset| self.layout.valid_l2(offset, file_len));
+                Slice::decode(slice_index, &read, false, |_, offset| self.layout.valid_l2(offset, file_len));
             for at in 0..SLICE_ENTRIES {
                 match slice.entry(at) {
                     Entry::At(table) => {
@@ -254,7 +269,7 @@ impl Tables {
                 (0..SLICE_ENTRIES).for_each(|at| old.set(at, slice.entry(at)));
             }
         }
-        *self.regions.write() = regions;
+        *self.known.write() = Known { regions, end: Some(file_len), touched: BTreeMap::new() };
         self.cache.clear();
         Ok(())
     }
@@ -283,17 +298,22 @@ impl Tables {
 
     /// A new L2 table lies at `table`.
     pub(super) fn table_made(&self, table: u64, l1_index: u64) {
-        self.regions.write().insert(table, l1_index);
+        self.known.write().regions.insert(table, l1_index);
     }
 
     fn decode_l2(&self, slice_index: u64, read: &[u8]) -> Slice {
-        let file_len = self.file.len();
-        let regions = self.regions.read();
+        let known = self.known.read();
+        let regions = &known.regions;
+        let touched = known.touched.get(&slice_index);
+        let file_len = match (known.end, touched) {
+            (Some(end), None) => end.min(self.file.len()),
+            _ => self.file.len(),
+        };
         let table_bytes = self.layout.table_bytes();
         // Runs of clusters are the rule: what follows a cluster known to lie before the next table needs no search.
         let mut clear = 0..0;
-        Slice::decode(slice_index, read, true, |offset| {
-            if !self.layout.valid_cluster(offset, file_len) {
+        Slice::decode(slice_index, read, true, |at, offset| {
+            if touched.is_some_and(|bad| bad.contains(&at)) || !self.layout.valid_cluster(offset, file_len) {
                 return false;
             }
             if clear.contains(&offset) {

@@ -236,3 +236,31 @@ fn a_huge_empty_file_costs_nothing() {
         assert!(qed().open(reader).await.is_ok());
     });
 }
+
+#[test]
+fn an_entry_past_the_end_stays_wrong_when_the_file_grows() {
+    let healthy = healthy();
+    block_on(async {
+        let mut bytes = healthy.to_vec();
+        let table = u64::from_le_bytes(bytes[4096..4104].try_into().unwrap()) as usize;
+        // Cluster 600 lies in another slice than those that are written; cluster 30 in the same.
+        for cluster in [600, 30] {
+            let past = (bytes.len() + 4096) as u64;
+            bytes[table + cluster * 8..][..8].copy_from_slice(&past.to_le_bytes());
+        }
+        let file: Arc<dyn Storage> = Arc::new(SimFile::from_bytes(&bytes));
+        let mapper = qed().open_writable(file.clone(), TokioRuntime::current()).await.unwrap();
+        for _ in 0..2 {
+            for cluster in 40..60 {
+                let room = mapper.prepare(cluster * 4096, 4096, readonce_format::Room::Data).await.unwrap();
+                room.commit(readonce_format::CommitMode::IfAbsent);
+            }
+            mapper.flush(readonce_format::Durability::Durable).await.unwrap();
+            assert!(file.len() > bytes.len() as u64 + 8192);
+            for cluster in [600, 30] {
+                let error = mapper.lookup(cluster * 4096, 512).await.unwrap_err();
+                assert!(matches!(error, FormatError::Corrupt { .. }), "{cluster}: {error}");
+            }
+        }
+    });
+}
