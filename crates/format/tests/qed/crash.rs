@@ -8,7 +8,9 @@ use readonce_storage::{
     sim::{Fault, Lasts},
 };
 
-use crate::guest::{Guest, Model, SMALL, Shape, block_on, check, qed, random_op, read_all, rng, wrong};
+use crate::guest::{
+    Guest, Model, SMALL, Shape, block_on, check, create, qed, random_op, read_all, rng, wrong,
+};
 
 /// The image after a power loss: nothing broken, every sector as it may be, and usable.
 async fn survives(crashed: Arc<SimFile>, model: &Model, context: &str) {
@@ -119,6 +121,44 @@ fn power_loss_while_a_hole_is_closed() {
         });
         if !more {
             break;
+        }
+    }
+}
+
+#[test]
+fn power_loss_while_the_backing_is_renamed() {
+    use readonce_format::driver::{BackingRef, HeaderChange, Pin};
+    let shape = Shape { cluster_size: 65536, ..SMALL };
+    let named = |len: usize, letter: &str| BackingRef { name: letter.repeat(len), format: None };
+    let pin = |version: u8| Pin { validator: vec![version; 300], len: 1 };
+    for (old_len, new_len) in [(10, 20), (10, 3000), (3000, 10), (3000, 4000), (448, 449)] {
+        for n in 1.. {
+            let more = block_on(async {
+                let file = create(&shape).await;
+                let storage: Arc<dyn Storage> = file.clone();
+                let (old, new) = (named(old_len, "o"), named(new_len, "n"));
+                let change = HeaderChange::Backing(Some(old.clone()), Some(pin(1)));
+                qed().change(&storage, &change).await.unwrap();
+                file.fail_nth(n, Fault::Eio, Lasts::ForGood);
+                let change = HeaderChange::Backing(Some(new.clone()), Some(pin(2)));
+                let changed = qed().change(&storage, &change).await.is_ok();
+                for seed in 0..20 {
+                    let reader: Arc<dyn readonce_storage::ReadAt> = Arc::new(file.crash(seed));
+                    let said = qed().describe(&reader).await.unwrap();
+                    let backing = said.backing.unwrap();
+                    let context = format!("{old_len} to {new_len}, n {n}, seed {seed}");
+                    if backing == new {
+                        assert_eq!(said.pin, Some(pin(2)), "{context}");
+                    } else {
+                        assert!(!changed && backing == old, "{context}");
+                        assert!(said.pin.is_none() || said.pin == Some(pin(1)), "{context}");
+                    }
+                }
+                !changed
+            });
+            if !more {
+                break;
+            }
         }
     }
 }
