@@ -6,11 +6,7 @@ use bytes::Bytes;
 use readonce_origin::Class;
 use readonce_storage::BoxFuture;
 
-use crate::{
-    BlockDevice, DeviceError, StatusExtent, ZeroMode,
-    image::Image,
-    source::Source,
-};
+use crate::{BlockDevice, DeviceError, StatusExtent, ZeroMode, image::Image, source::Source};
 
 /// The top of a chain.
 #[derive(Clone)]

@@ -91,7 +91,8 @@ impl Image {
     async fn try_fill(self: &Arc<Self>, unit: u64, bytes: Bytes) -> Result<(), LayerError> {
         self.check_latch()?;
         let room = if is_zero(&bytes) { Room::Zero } else { Room::Data };
-        let reservation = self.mapper.prepare(unit * self.unit, self.unit, room).await.map_err(|e| self.failed(e))?;
+        let reservation =
+            self.mapper.prepare(unit * self.unit, self.unit, room).await.map_err(|e| self.failed(e))?;
         if let Some(at) = reservation.at {
             self.write_file(at, bytes).await?;
         }

@@ -12,6 +12,7 @@ use std::{
 
 use readonce_format::{Durability, Reservation};
 use readonce_origin::Class;
+use readonce_storage::runtime::timeout;
 
 use crate::{
     LayerError,
@@ -56,6 +57,15 @@ impl Image {
 
     async fn flush_round(&self) -> Result<(), LayerError> {
         self.check_latch()?;
+        let completed = self.complete_guest_units().await;
+        // What is complete becomes durable even where something else could not be had.
+        self.mapper.flush(Durability::Durable).await.map_err(|error| self.failed(error))?;
+        self.check_latch()?;
+        completed
+    }
+
+    /// Brings every unit that was written in part into the image.
+    async fn complete_guest_units(&self) -> Result<(), LayerError> {
         let work = self.table().begin_flush();
         self.start_flush_work(work.fetches, work.stores);
         let mut failure = None;
@@ -64,9 +74,6 @@ impl Image {
                 failure = Some(error);
             }
         }
-        // What is complete becomes durable even where something else could not be had.
-        self.mapper.flush(Durability::Durable).await.map_err(|error| self.failed(error))?;
-        self.check_latch()?;
         match failure {
             Some(error) => Err(error),
             None => Ok(()),
@@ -138,7 +145,7 @@ impl Image {
     pub async fn close(&self, wait_max: Duration) -> Result<(), LayerError> {
         let gone = LayerError::NoBacking("the image is being closed".into());
         self.table().abandon_fetches(&gone);
-        let flushed = readonce_storage::runtime::timeout(&self.rt, wait_max, self.flush()).await;
+        let completed = timeout(&self.rt, wait_max, self.complete_guest_units()).await;
         self.rounds.closing.store(true, Ordering::Release);
         loop {
             let told = self.table().wait_local();
@@ -146,20 +153,19 @@ impl Image {
             let _ = told.await;
         }
         let unsaved = self.table().guest_ranges();
-        let cause = match flushed {
-            Ok(Ok(())) if unsaved.is_empty() => {
-                let _round = self.rounds.running.lock().await;
-                return self.mapper.close().await.map_err(|error| self.failed(error));
-            }
+        let _round = self.rounds.running.lock().await;
+        self.check_latch()?;
+        if unsaved.is_empty() {
+            return self.mapper.close().await.map_err(|error| self.failed(error));
+        }
+        self.mapper.flush(Durability::Durable).await.map_err(|error| self.failed(error))?;
+        let cause = match completed {
             Ok(Ok(())) => "written during shutdown".to_owned(),
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("not done after {} s", wait_max.as_secs()),
         };
         let ranges: Vec<String> =
             unsaved.iter().map(|range| format!("{:#x}..{:#x}", range.start, range.end)).collect();
-        match ranges.is_empty() {
-            true => Err(LayerError::Io(cause)),
-            false => Err(LayerError::Io(format!("could not save guest bytes {}: {cause}", ranges.join(", ")))),
-        }
+        Err(LayerError::Io(format!("could not save guest bytes {}: {cause}", ranges.join(", "))))
     }
 }

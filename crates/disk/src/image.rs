@@ -268,7 +268,8 @@ impl Source for Image {
                 let unit = at / self.unit;
                 self.table().holds_guest_bytes(unit).then(|| (unit + 1) * self.unit)
             };
-            crate::status::of(&*self.mapper, self.backing.as_deref(), Some(&hidden), offset, len, count_max).await
+            crate::status::of(&*self.mapper, self.backing.as_deref(), Some(&hidden), offset, len, count_max)
+                .await
         })
     }
 }

@@ -200,8 +200,10 @@ impl<R> InFlight<R> {
 
     /// Told when some unit with local I/O under way has ended; `None` if there is none.
     pub fn wait_local(&mut self) -> Option<oneshot::Receiver<()>> {
-        let entry =
-            self.entries.values_mut().find(|entry| matches!(entry.state, State::Storing(_) | State::Writing))?;
+        let entry = self
+            .entries
+            .values_mut()
+            .find(|entry| matches!(entry.state, State::Storing(_) | State::Writing))?;
         let (tell, told) = oneshot::channel();
         entry.local_waiters.push(tell);
         Some(told)
@@ -224,12 +226,7 @@ impl<R> InFlight<R> {
         for (&index, _) in self.entries.iter().filter(|(_, entry)| entry.guest) {
             set.insert(index * unit..(index + 1) * unit);
         }
-        let Some(end) = self.entries.keys().next_back().map(|last| (last + 1) * unit) else { return Vec::new() };
-        let mut full = RangeSet::default();
-        for gap in set.gaps(0..end) {
-            full.insert(gap);
-        }
-        full.gaps(0..end)
+        set.iter().collect()
     }
 
     /// Whether another unit may come in flight; else who to wait on. The waiter may find the room taken again.
@@ -327,7 +324,8 @@ impl<R> InFlight<R> {
             if !matches!(entry.state, State::Fetching(owner) if owner == fetch.id) {
                 continue;
             }
-            let error = error.clone().expect("a fetch that succeeds completes each unit that is still its own");
+            let error =
+                error.clone().expect("a fetch that succeeds completes each unit that is still its own");
             for reader in entry.readers.drain(..) {
                 let _ = reader.tell.send(Delivery::Failed(error.clone()));
             }
@@ -384,7 +382,9 @@ impl<R> InFlight<R> {
     /// Gives a unit that is being fetched its room, before the first guest byte. Returned if it cannot take it: look again.
     pub fn attach(&mut self, unit: u64, room: R) -> Result<(), R> {
         match self.entries.get_mut(&unit) {
-            Some(entry) if matches!(entry.state, State::Fetching(_) | State::Held) && entry.room.is_none() => {
+            Some(entry)
+                if matches!(entry.state, State::Fetching(_) | State::Held) && entry.room.is_none() =>
+            {
                 entry.room = Some(room);
                 Ok(())
             }

@@ -30,6 +30,11 @@ impl RangeSet {
         self.ranges.insert(start, end);
     }
 
+    /// The ranges, in order.
+    pub fn iter(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.ranges.iter().map(|(&start, &end)| start..end)
+    }
+
     /// Whether every byte of `range` is in the set.
     pub fn covers(&self, range: &Range<u64>) -> bool {
         range.is_empty()

@@ -142,7 +142,8 @@ impl Image {
                         return Step::WaitRoom(told);
                     }
                     let Some(prepared) = room.take() else { return Step::Prepare };
-                    let (fetch, store) = table.begin_guest(unit, prepared, from, piece, self.backing_end_now());
+                    let (fetch, store) =
+                        table.begin_guest(unit, prepared, from, piece, self.backing_end_now());
                     drop(table);
                     if let Some(fetch) = fetch {
                         self.start_fetch(fetch, Class::Demand);
@@ -193,7 +194,9 @@ impl Owned<'_> {
         let want = (self.units.end - self.units.start) * image.unit;
         let room = match room {
             Some(room) => room,
-            None => image.mapper.prepare(start, want, Room::Data).await.map_err(|error| image.failed(error))?,
+            None => {
+                image.mapper.prepare(start, want, Room::Data).await.map_err(|error| image.failed(error))?
+            }
         };
         let to = room.at.expect("room for data has a place");
         let end = (start + room.len.min(want)).min(at + data.len() as u64);

@@ -8,16 +8,13 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
-use readonce_disk::{Base, BlockDevice, Disk, Image, ImageOptions, Source, Top, ZeroMode};
-use readonce_format::{
-    Driver,
-    driver::{BackingRef, CreateSpec, driver},
-};
-use readonce_storage::{ReadAt, SimFile, Storage};
+use readonce_disk::{BlockDevice, Disk, Top, ZeroMode};
+use readonce_storage::{SimFile, Storage};
 use support::{
     exec::Exec,
     model::Model,
     origin::{SECTOR, SimOrigin, sector, stamp_of},
+    world::{Leaks, check, create, open, raw_over},
 };
 
 #[derive(Debug, Clone, Copy)]
@@ -27,7 +24,7 @@ struct World {
     size: u64,
     backing_len: u64,
     copy_on_read: bool,
-    fail_of_256: u8,
+    fail_of_256: u16,
     guests: u64,
     ops_per_guest: u64,
     epochs: u64,
@@ -138,44 +135,6 @@ impl Guest {
     }
 }
 
-fn qed() -> &'static dyn Driver {
-    driver("qed").expect("qed is a known format")
-}
-
-async fn create(world: &World, file: &Arc<dyn Storage>) {
-    let spec = CreateSpec {
-        size: world.size,
-        backing: Some(BackingRef { name: "origin".into(), format: Some("raw".into()) }),
-        options: vec![
-            ("cluster_size".into(), Some(world.cluster_size.to_string())),
-            ("table_size".into(), Some("1".into())),
-        ],
-        pin: None,
-    };
-    qed().create(file, &spec).await.expect("the image is made");
-}
-
-async fn open(world: &World, file: Arc<dyn Storage>, exec: &Arc<Exec>, origin: Arc<SimOrigin>) -> Arc<Image> {
-    let raw = driver("raw").expect("raw is a known format");
-    let bytes: Arc<dyn ReadAt> = origin.clone();
-    let base = Base::new(raw.open(bytes).await.expect("raw opens"), origin, None);
-    let mapper = qed().open_writable(Arc::clone(&file), exec.rt()).await.expect("the image opens");
-    let options = ImageOptions { copy_on_read: world.copy_on_read };
-    let image = Image::new(mapper, file, Some(Arc::new(base) as Arc<dyn Source>), exec.rt(), options);
-    image.start_reclaim();
-    image
-}
-
-async fn check(file: Arc<dyn Storage>, when: &str) {
-    let readable: Arc<dyn ReadAt> = file;
-    let report = qed().check(&readable).await.expect("the check runs");
-    assert_eq!(report.corruptions, 0, "{when}: {report:?}");
-    assert_eq!(report.check_errors, 0, "{when}: {report:?}");
-    if when == "closed" {
-        assert_eq!(report.leaks, 0, "{when}: {report:?}");
-    }
-}
-
 fn run(seed: u64) {
     let world = World::draw(seed);
     let model = Arc::new(Mutex::new(Model::new(world.size, world.backing_len)));
@@ -191,10 +150,10 @@ fn run(seed: u64) {
             let (exec2, origin, storage) = (Arc::clone(&exec), Arc::clone(&origin), Arc::clone(&storage));
             exec.run(async move {
                 if epoch == 0 {
-                    create(&world, &storage).await;
+                    create(&storage, world.size, world.cluster_size).await;
                 }
-                check(Arc::clone(&storage), "opened").await;
-                open(&world, storage, &exec2, origin).await
+                check(Arc::clone(&storage), Leaks::Allowed, "opened").await;
+                open(storage, raw_over(origin).await, &exec2, world.copy_on_read).await
             })
         };
         file.set_yields(rng.random(), 3);
@@ -227,7 +186,7 @@ fn run(seed: u64) {
             let closing = Arc::clone(&image);
             exec.run(async move { closing.close(Duration::from_secs(3600)).await.expect("closes clean") });
             let closed = Arc::clone(&storage);
-            exec.run(async move { check(closed, "closed").await });
+            exec.run(async move { check(closed, Leaks::None, "closed").await });
         } else {
             let polls = rng.random_range(0..8_000);
             exec.run_for(main, polls);
@@ -249,8 +208,8 @@ fn verify(world: &World, model: &Arc<Mutex<Model>>, file: &Arc<SimFile>, closed:
     let copy: Arc<dyn Storage> = Arc::new(SimFile::from_bytes(&file.contents()));
     let (world, exec2) = (*world, Arc::clone(&exec));
     let bytes = exec.run(async move {
-        check(Arc::clone(&copy), "after the crash").await;
-        let image = open(&world, copy, &exec2, origin).await;
+        check(Arc::clone(&copy), Leaks::Allowed, "after the crash").await;
+        let image = open(copy, raw_over(origin).await, &exec2, world.copy_on_read).await;
         let mut all = Vec::new();
         for at in (0..world.size).step_by(SECTOR as usize * 8) {
             let len = (world.size - at).min(SECTOR * 8) as usize;
@@ -281,7 +240,10 @@ fn random_races_and_crashes_keep_the_promises() {
     for seed in parse(from)..parse(to) {
         let world = World::draw(seed);
         if let Err(panic) = std::panic::catch_unwind(|| run(seed)) {
-            eprintln!("replay: READONCE_SEEDS={seed}..{} cargo test -p readonce-disk --test races\n{world:?}", seed + 1);
+            eprintln!(
+                "replay: READONCE_SEEDS={seed}..{} cargo test -p readonce-disk --test races\n{world:?}",
+                seed + 1
+            );
             std::panic::resume_unwind(panic);
         }
     }

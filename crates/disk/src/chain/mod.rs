@@ -196,9 +196,8 @@ impl Shared {
 
 /// The driver for a file: by name, or told from its first bytes (`raw` where no format knows them).
 async fn driver_of(file: &dyn ReadAt, format: Option<&str>) -> Result<&'static dyn Driver, String> {
-    let by_name = |name: &str| {
-        readonce_format::driver::driver(name).ok_or_else(|| format!("Unknown driver '{name}'"))
-    };
+    let by_name =
+        |name: &str| readonce_format::driver::driver(name).ok_or_else(|| format!("Unknown driver '{name}'"));
     if let Some(name) = format {
         return by_name(name);
     }

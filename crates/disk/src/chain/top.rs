@@ -31,12 +31,7 @@ use crate::{Base, Disk, Image, ImageOptions, Source, Top};
 /// # Errors
 /// The top cannot be opened or locked; its backing is refused by policy; its backing cannot be reached and no version of it
 /// is pinned.
-pub async fn open(
-    name: &str,
-    options: ChainOptions,
-    rt: Rt,
-    report: Reporter,
-) -> Result<Chain, OpenError> {
+pub async fn open(name: &str, options: ChainOptions, rt: Rt, report: Reporter) -> Result<Chain, OpenError> {
     let locator = Locator::parse(name, None).map_err(|error| OpenError::new(name, error))?;
     let read_only = options.read_only;
     let shared = Arc::new(Shared {
@@ -207,10 +202,8 @@ impl Opening {
         let mapper = driver.open(storage.clone()).await.map_err(|error| self.failed(error))?;
         let mut at = 0;
         while at < description.virtual_size {
-            let extent = mapper
-                .lookup(at, description.virtual_size - at)
-                .await
-                .map_err(|error| self.failed(error))?;
+            let extent =
+                mapper.lookup(at, description.virtual_size - at).await.map_err(|error| self.failed(error))?;
             if extent.mapping != Mapping::Absent {
                 return Err(self.failed(
                     "the backing changed, and the image holds clusters of the old version already: --on-change=repin is \

@@ -35,10 +35,10 @@ fn readers_of_one_unit_share_a_fetch_and_are_answered_as_their_bytes_come() {
     assert_eq!(told(early), "abcd");
     let stores = table.fetched(fetch.id, 4, b"efghABCDEFGH");
     assert_eq!(told(late), "cdefgh");
-    assert_eq!(stores.iter().map(|store| (store.unit, &store.bytes[..])).collect::<Vec<_>>(), [
-        (0, &b"abcdefgh"[..]),
-        (1, &b"ABCDEFGH"[..])
-    ]);
+    assert_eq!(
+        stores.iter().map(|store| (store.unit, &store.bytes[..])).collect::<Vec<_>>(),
+        [(0, &b"abcdefgh"[..]), (1, &b"ABCDEFGH"[..])]
+    );
 }
 
 /// The first race of 2011: a guest writes a whole cluster while its fill is being fetched.

@@ -5,3 +5,4 @@
 pub mod exec;
 pub mod model;
 pub mod origin;
+pub mod world;

@@ -36,14 +36,23 @@ pub struct SimOrigin {
     pub len: u64,
     rt: Rt,
     /// Of 256, how many fetches fail half-way.
-    pub fail_of_256: Mutex<u8>,
+    pub fail_of_256: Mutex<u16>,
     pub delay_ms_max: u64,
+    /// Before the first byte of each fetch.
+    pub hold_ms: Mutex<u64>,
     pub asked: Mutex<Vec<Range<u64>>>,
 }
 
 impl SimOrigin {
     pub fn new(len: u64, rt: Rt, delay_ms_max: u64) -> Arc<Self> {
-        Arc::new(Self { len, rt, fail_of_256: Mutex::new(0), delay_ms_max, asked: Mutex::default() })
+        Arc::new(Self {
+            len,
+            rt,
+            fail_of_256: Mutex::new(0),
+            delay_ms_max,
+            hold_ms: Mutex::new(0),
+            asked: Mutex::default(),
+        })
     }
 
     pub fn asked_bytes(&self) -> u64 {
@@ -51,6 +60,9 @@ impl SimOrigin {
     }
 
     fn bytes(&self, range: Range<u64>) -> Bytes {
+        if range.is_empty() {
+            return Bytes::new();
+        }
         let first = range.start / SECTOR;
         let mut bytes = Vec::new();
         for at in first..range.end.div_ceil(SECTOR) {
@@ -65,10 +77,14 @@ impl SimOrigin {
         self.asked.lock().push(range.clone());
         let fails = (self.rt.random() % 256) < u64::from(*self.fail_of_256.lock());
         let stop = range.start + self.rt.random() % (range.end - range.start);
+        let hold = *self.hold_ms.lock();
+        self.rt.sleep(Duration::from_millis(hold)).await;
         let mut at = range.start;
         while at < range.end {
             self.rt.sleep(Duration::from_millis(self.rt.random() % (self.delay_ms_max + 1))).await;
-            if fails && at >= stop {
+            let end = (at + 1 + self.rt.random() % 40_000).min(range.end);
+            if fails && end > stop {
+                sink(at, self.bytes(at..stop));
                 return Err(FetchError::Away {
                     origin: "sim".into(),
                     waited: Duration::ZERO,
@@ -76,7 +92,6 @@ impl SimOrigin {
                     cause: "drawn".into(),
                 });
             }
-            let end = (at + 1 + self.rt.random() % 40_000).min(range.end);
             sink(at, self.bytes(at..end));
             at = end;
         }
