@@ -264,3 +264,40 @@ fn an_entry_past_the_end_stays_wrong_when_the_file_grows() {
         }
     });
 }
+
+#[test]
+fn an_entry_past_the_end_stays_wrong_when_its_slice_is_read_again() {
+    let shape = Shape { cluster_size: 4096, table_size: 16, size: 128 << 30, backing: false };
+    block_on(async {
+        let file = crate::guest::create(&shape).await;
+        let open = || qed().open_writable(file.clone(), TokioRuntime::current());
+        let link = async |mapper: &dyn readonce_format::WritableMapper, cluster: u64| {
+            let room = mapper.prepare(cluster * 4096, 4096, readonce_format::Room::Data).await.unwrap();
+            room.commit(readonce_format::CommitMode::IfAbsent);
+            mapper.flush(readonce_format::Durability::Durable).await.unwrap();
+        };
+        let mapper = open().await.unwrap();
+        link(mapper.as_ref(), 0).await;
+        mapper.close().await.unwrap();
+        let table = file.read(4096, 8).await.unwrap();
+        let table = u64::from_le_bytes(table[..].try_into().unwrap());
+        // Where the next cluster will be allocated.
+        let past = file.len();
+        file.write(table + 30 * 8, past.to_le_bytes().to_vec().into()).await.unwrap();
+
+        let mapper = open().await.unwrap();
+        link(mapper.as_ref(), 40).await;
+        // Slices that share their place in the cache with the first drive it out.
+        for other in 1..12 {
+            link(mapper.as_ref(), other * 2048 * 512).await;
+        }
+        let reads = file.op_count();
+        let error = mapper.lookup(30 * 4096, 512).await.unwrap_err();
+        assert!(matches!(error, FormatError::Corrupt { .. }), "{error}");
+        assert_eq!(file.op_count() - reads, 1, "the slice was read again");
+        assert!(matches!(
+            mapper.lookup(40 * 4096, 1).await.unwrap().mapping,
+            readonce_format::Mapping::Data(_)
+        ));
+    });
+}
