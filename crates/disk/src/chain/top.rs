@@ -9,7 +9,7 @@ use std::{io, sync::Arc};
 
 use readonce_format::{
     Driver, Mapping,
-    driver::{Description, HeaderChange, Pin},
+    driver::{Description, HeaderChange, Pin, Repair},
 };
 use readonce_origin::Locator;
 use readonce_storage::{
@@ -146,6 +146,9 @@ impl Opening {
                 self.locator.printable()
             ));
         }
+        if description.dirty && description.backing.is_none() {
+            self.repair_what_qemu_left(&storage, driver).await?;
+        }
         let backing = self.pinned_backing(&storage, driver, &mut description).await?;
         let mapper = driver
             .open_writable(Arc::clone(&storage), Arc::clone(&self.shared.rt))
@@ -157,6 +160,27 @@ impl Opening {
         image.start_reclaim();
         self.shared.images.lock().insert(0, Arc::clone(&image));
         Ok(Top::Image(image))
+    }
+
+    /// QEMU does not order data before links in an image without a backing: what it left dirty is checked before it is used.
+    /// What we leave dirty needs no such check; it is done all the same, because the mark does not say whose it is.
+    async fn repair_what_qemu_left(
+        &self,
+        storage: &Arc<dyn Storage>,
+        driver: &dyn Driver,
+    ) -> Result<(), OpenError> {
+        let readable: Arc<dyn ReadAt> = storage.clone();
+        let report = driver.check(&readable).await.map_err(|error| self.failed(error))?;
+        if report.corruptions == 0 {
+            return Ok(());
+        }
+        let name = self.locator.printable();
+        self.shared.warn(format!("{name} was not closed clean and has {} errors: repairing", report.corruptions));
+        let report = driver.repair(storage, Repair::All).await.map_err(|error| self.failed(error))?;
+        match report.corruptions {
+            0 => Ok(()),
+            left => Err(self.failed(format!("{left} errors cannot be repaired"))),
+        }
     }
 
     /// The backing of an image that will be written, pinned if it was not.
