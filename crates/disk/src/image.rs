@@ -171,10 +171,11 @@ impl Image {
         }
     }
 
-    /// Turns the failure of a write or sync of the image into the caller's error; latches unless it was "no space".
+    /// Turns the failure of a write or sync of the image into the caller's error. An I/O error latches; "no space" and a broken
+    /// table concern this request alone.
     pub(crate) fn failed(&self, error: impl Into<LayerError>) -> LayerError {
         let error = error.into();
-        if !matches!(error, LayerError::NoSpace(_)) && self.latched.set(error.to_string()).is_ok() {
+        if matches!(error, LayerError::Io(_)) && self.latched.set(error.to_string()).is_ok() {
             tracing::error!("writes are off until the image is opened again: {error}");
         }
         error
