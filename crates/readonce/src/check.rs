@@ -99,10 +99,9 @@ async fn examine(image: &str, args: &Args) -> Result<Checked, Failure> {
         }
         Locator::Http(_) => {
             let options = args.origin.options(&[&locator])?;
-            let origin = readonce_origin::open(&locator, &options, &TokioRuntime::current())
+            readonce_origin::open(&locator, &options, &TokioRuntime::current())
                 .await
-                .map_err(|error| look::cannot_open(image, error))?;
-            origin
+                .map_err(|error| look::cannot_open(image, error))? as Arc<dyn ReadAt>
         }
     };
     let driver = look::driver_of(&*file, args.format.as_deref())

@@ -49,7 +49,7 @@ impl From<OpenError> for Failure {
 /// Tells what clap found wrong. Its exit status would be 2, which from `check` means a corrupt image.
 pub fn usage(error: &clap::Error) -> ExitCode {
     if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
-        print!("{}", error.render().ansi());
+        let _ = error.print();
         return ExitCode::SUCCESS;
     }
     let arguments: Vec<String> =

@@ -88,6 +88,11 @@ impl Machine {
                 eprintln!("{text}");
                 Done::Badly
             }
+            Err(Refused::Both { err, out }) => {
+                eprintln!("{err}");
+                println!("{out}");
+                Done::Badly
+            }
         }
     }
 
@@ -316,13 +321,8 @@ fn dump_bytes(out: &mut String, offset: u64, data: &[u8]) {
     use std::fmt::Write as _;
     for (index, line) in data.chunks(16).enumerate() {
         let _ = write!(out, "{:08x}:  ", offset + index as u64 * 16);
-        for place in 0..16 {
-            match line.get(place) {
-                Some(byte) => {
-                    let _ = write!(out, "{byte:02x} ");
-                }
-                None => out.push_str("   "),
-            }
+        for byte in line {
+            let _ = write!(out, "{byte:02x} ");
         }
         out.push(' ');
         out.extend(

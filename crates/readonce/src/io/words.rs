@@ -122,6 +122,13 @@ pub enum Refused {
     Out(String),
     /// On standard error.
     Err(String),
+    /// On both.
+    Both {
+        /// On standard error.
+        err: String,
+        /// On standard output.
+        out: String,
+    },
 }
 
 impl Words {
@@ -146,10 +153,8 @@ impl Words {
             while let Some(letter) = letters.next() {
                 let at = spec.letters.find(letter).filter(|_| letter != ':');
                 let Some(at) = at else {
-                    return Err(Refused::Err(format!(
-                        "{name}: invalid option -- '{letter}'\n{}",
-                        spec.usage()
-                    )));
+                    let what = format!("{name}: invalid option -- '{letter}'");
+                    return Err(Refused::Both { err: what, out: spec.usage() });
                 };
                 let value = match spec.letters[at + 1..].starts_with(':') {
                     false => None,

@@ -1,0 +1,113 @@
+//! amend, resize and rebase, and what qemu-img makes of the image after them.
+
+use std::path::Path;
+
+use readonce_testkit::Content;
+use serde_json::Value;
+
+use crate::common::{ORIGIN_BYTES, folder, origin, qemu_img, qemu_io, readonce};
+
+fn info(folder: &Path, image: &str) -> Value {
+    serde_json::from_str(&readonce(folder, &["info", "--output=json", image]).ok().out).expect("JSON")
+}
+
+#[test]
+fn amend_turns_copy_on_read_on_and_off() {
+    let folder = folder();
+    let at = folder.path();
+    std::fs::write(at.join("base.raw"), vec![7; 1 << 20]).expect("room");
+    readonce(at, &["create", "-q", "-f", "qed", "-b", "base.raw", "-F", "raw", "c.qed"]).ok();
+    for (option, on) in [("copy_on_read=on", true), ("copy_on_read=off", false), ("copy_on_read", true)] {
+        readonce(at, &["amend", "-o", option, "c.qed"]).ok();
+        assert_eq!(info(at, "c.qed")["readonce"]["copy-on-read"], on);
+    }
+    qemu_io(at, &["-c", "read -P 7 0 1M", "c.qed"]).ok();
+    readonce(at, &["amend", "-o", "cluster_size=4k", "c.qed"]).fails(1, "only copy_on_read can change");
+    readonce(at, &["amend", "c.qed"]).fails(1, "Must specify options (-o)");
+    readonce(at, &["create", "-q", "-f", "qed", "alone.qed", "1M"]).ok();
+    readonce(at, &["amend", "-o", "copy_on_read", "alone.qed"])
+        .fails(1, "QED only supports Copy-on-Read with a backing file");
+}
+
+#[test]
+fn resize_grows_and_never_shrinks() {
+    let folder = folder();
+    let at = folder.path();
+    readonce(at, &["create", "-q", "-f", "qed", "a.qed", "1M"]).ok();
+    qemu_io(at, &["-c", "write -P 5 0 1M", "a.qed"]).ok();
+    assert_eq!(readonce(at, &["resize", "a.qed", "+1M"]).ok().out, "Image resized.\n");
+    assert_eq!(readonce(at, &["resize", "-q", "a.qed", "3M"]).ok().out, "");
+    assert_eq!(info(at, "a.qed")["virtual-size"], 3 << 20);
+    qemu_io(at, &["-c", "read -P 5 0 1M", "-c", "read -P 0 1M 2M", "a.qed"]).ok();
+    qemu_img(at, &["check", "a.qed"]).ok();
+    for size in ["1M", "-1M", "0"] {
+        readonce(at, &["resize", "--", "a.qed", size])
+            .fails(1, "Shrinking images is currently not supported");
+    }
+    readonce(at, &["resize", "a.qed", "100T"]).fails(1, "Invalid image size");
+    assert_eq!(info(at, "a.qed")["virtual-size"], 3 << 20);
+}
+
+/// Reads the first cluster, so that it is local.
+fn fill(folder: &Path, image: &str) {
+    readonce(folder, &["io", "-c", "read 0 64k", image]).ok();
+    let map = readonce(folder, &["io", "-c", "map", image]).ok().out;
+    assert!(map.starts_with("64 KiB (0x10000) bytes     allocated at offset 0 bytes"), "{map}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rebase_keeps_the_pin_where_the_version_is_the_same() {
+    let folder = folder();
+    let at = folder.path();
+    let (origin, moved) = (origin().await, origin().await);
+    readonce(
+        at,
+        &["create", "-q", "-f", "qed", "-o", "copy_on_read", "-b", &origin.url(), "-F", "raw", "c.qed"],
+    )
+    .ok();
+    fill(at, "c.qed");
+    let before = info(at, "c.qed");
+    readonce(at, &["rebase", "-u", "-b", &moved.url(), "-F", "raw", "c.qed"]).ok();
+    let after = info(at, "c.qed");
+    assert_eq!(after["backing-filename"], moved.url());
+    assert_eq!(after["readonce"], before["readonce"]);
+    origin.vanish().await;
+    readonce(at, &["io", "-c", "read 1M 64k", "c.qed"]).ok();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rebase_never_mixes_two_versions() {
+    let folder = folder();
+    let at = folder.path();
+    let (origin, other) = (origin().await, origin().await);
+    other.replace(Content::seeded(8, ORIGIN_BYTES), Some("\"other\""));
+    let create = |name: &str| {
+        readonce(
+            at,
+            &["create", "-q", "-f", "qed", "-o", "copy_on_read", "-b", &origin.url(), "-F", "raw", name],
+        )
+        .ok();
+    };
+    create("filled.qed");
+    create("empty.qed");
+    fill(at, "filled.qed");
+    let before = std::fs::read(at.join("filled.qed")).expect("an image");
+    readonce(at, &["rebase", "-u", "-b", &other.url(), "-F", "raw", "filled.qed"])
+        .fails(1, "versions must not be mixed");
+    assert_eq!(std::fs::read(at.join("filled.qed")).expect("an image"), before);
+
+    let told = readonce(at, &["rebase", "-u", "-b", &other.url(), "-F", "raw", "empty.qed"]).ok();
+    assert!(told.err.contains("no cluster is local yet, so the new version is pinned"), "{told:?}");
+    assert_eq!(info(at, "empty.qed")["readonce"]["pin"]["validator"], "ETag \"other\"");
+    readonce(at, &["io", "-c", "read 0 64k", "empty.qed"]).ok();
+
+    other.vanish().await;
+    readonce(at, &["rebase", "--retry-for", "100ms", "-u", "-b", &other.url(), "-F", "raw", "filled.qed"])
+        .fails(1, "versions must not be mixed");
+    readonce(at, &["rebase", "-u", "-b", "x.raw", "filled.qed"]).fails(1, "backing format must be specified");
+    readonce(at, &["rebase", "-b", "x.raw", "-F", "raw", "filled.qed"])
+        .fails(1, "only rebase -u is supported");
+    readonce(at, &["rebase", "-u", "-b", "", "filled.qed"]).ok();
+    assert_eq!(info(at, "filled.qed").get("backing-filename"), None);
+    qemu_img(at, &["check", "filled.qed"]).ok();
+}

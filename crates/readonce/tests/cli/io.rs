@@ -1,0 +1,98 @@
+//! `readonce io` says what qemu-io says, but for the times.
+
+use std::process::Stdio;
+
+use crate::common::{Ran, command, folder, qemu_img, qemu_io, readonce};
+
+/// Without the figures that no two runs share.
+fn without_times(ran: Ran) -> Ran {
+    let cut = |line: &str| match line.find(" ops; ") {
+        Some(end) => format!("{}\n", &line[..end]),
+        None => format!("{line}\n"),
+    };
+    // What went wrong in detail is ours.
+    let err = ran.err.lines().filter(|line| !line.starts_with("readonce: ")).map(cut).collect();
+    Ran { out: ran.out.lines().map(cut).collect(), err, ..ran }
+}
+
+#[test]
+fn the_words_are_those_of_qemu_io() {
+    let (theirs, ours) = (folder(), folder());
+    for at in [theirs.path(), ours.path()] {
+        std::fs::write(at.join("base.raw"), vec![0x5a; 1 << 20]).expect("room");
+        qemu_img(at, &["create", "-q", "-f", "qed", "-b", "base.raw", "-F", "raw", "w.qed"]).ok();
+    }
+    for commands in [
+        &["read 0 64k", "length", "read -P 0x5a 0 1M"][..],
+        &["write -P 0xaa 4k 4k", "read -P 0xaa 4k 4k", "read -P 0xbb 4k 512", "read -v 4k 40"],
+        &["write -z 0 64k", "flush", "read -P 0 0 64k", "map", "alloc 0 128k", "alloc 0"],
+        &["foo"],
+        &["read"],
+        &["read 0"],
+        &["read a 1"],
+        &["read 0 b"],
+        &["read 0 2M"],
+        &["write 1M 512"],
+        &["write 64k 1", "read -q 0 1k", "read 0 1.5k"],
+        &["read -P 300 0 1k"],
+        &["read -P zz 0 1k"],
+        &["read -s 4 -l 8 -P 0 0 1k"],
+        &["write -P 1 -z 0 1k"],
+        &["write -n 0 64k"],
+        &["writev -P 1 0 1k 1k", "readv -v 0 16 16", "writev -q 0 512"],
+        &["aio_write -P 3 0 1k", "aio_flush", "read -P 3 0 1k"],
+        &["quit", "read 0 1k"],
+    ] {
+        let mut arguments: Vec<&str> = commands.iter().flat_map(|command| ["-c", command]).collect();
+        arguments.push("w.qed");
+        let wanted = without_times(qemu_io(theirs.path(), &arguments));
+        arguments.insert(0, "io");
+        assert_eq!(without_times(readonce(ours.path(), &arguments)), wanted, "{commands:?}");
+    }
+    // Ours has fewer options, so its usage is another.
+    let refused = readonce(ours.path(), &["io", "-c", "write -x 0 1", "w.qed"])
+        .fails(1, "write: invalid option -- 'x'\n");
+    assert!(refused.out.starts_with("write [-"), "{refused:?}");
+    qemu_img(ours.path(), &["check", "w.qed"]).ok();
+    let theirs = theirs.path().join("w.qed");
+    qemu_img(ours.path(), &["compare", "w.qed", theirs.to_str().expect("text")]).ok();
+}
+
+#[test]
+fn commands_come_from_standard_input_without_c() {
+    let folder = folder();
+    readonce(folder.path(), &["create", "-q", "-f", "qed", "w.qed", "1M"]).ok();
+    let script = folder.path().join("script");
+    std::fs::write(&script, "length\nread -P 1 0 512\nq\nlength\n").expect("room");
+    let output = command(folder.path())
+        .args(["io", "w.qed"])
+        .stdin(Stdio::from(std::fs::File::open(script).expect("a file")))
+        .output()
+        .expect("it runs");
+    let out = String::from_utf8(output.stdout).expect("text");
+    assert!(
+        out.starts_with("readonce> 1 MiB\nreadonce> Pattern verification failed at offset 0, 512 bytes\n"),
+        "{out}"
+    );
+    assert_eq!(out.matches("MiB\n").count(), 1, "{out}");
+    assert_eq!(output.status.code(), Some(1));
+}
+
+#[test]
+fn copy_on_read_and_read_only() {
+    let folder = folder();
+    let at = folder.path();
+    std::fs::write(at.join("base.raw"), vec![0x5a; 1 << 20]).expect("room");
+    readonce(at, &["create", "-q", "-f", "qed", "-b", "base.raw", "-F", "raw", "w.qed"]).ok();
+    readonce(at, &["io", "-r", "-c", "write 0 64k", "w.qed"]).fails(1, "Block node is read-only");
+    let local = |wanted: &str| {
+        let map = readonce(at, &["io", "-r", "-c", "alloc 0 1M", "w.qed"]).ok().out;
+        assert!(map.starts_with(wanted), "{map}");
+    };
+    readonce(at, &["io", "-c", "read 0 64k", "w.qed"]).ok();
+    local("0/1048576");
+    readonce(at, &["io", "-r", "-C", "-c", "read 0 64k", "w.qed"]).ok();
+    local("65536/1048576");
+    readonce(at, &["io", "--drive", "file=w.qed,cor=on,if=virtio", "-c", "read 64k 1"]).ok();
+    local("131072/1048576");
+}

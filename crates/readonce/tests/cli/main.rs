@@ -1,0 +1,13 @@
+//! The command line as a person and a script meet it: the binary itself, qemu-img, qemu-io and NBD clients beside it.
+//!
+//! - `common`: running things. `images`: create, info, map, check, against qemu-img. `changes`: amend, rebase, resize.
+//!   `refusals`: bad input. `io`: against qemu-io. `serve`, `run`: with clients. `demo`.
+
+mod changes;
+mod common;
+mod demo;
+mod images;
+mod io;
+mod refusals;
+mod run;
+mod serve;

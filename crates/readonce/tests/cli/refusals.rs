@@ -1,0 +1,162 @@
+//! Bad input: the sentence, the exit status, and that nothing is made or changed.
+
+use readonce_testkit::{Content, Fault, When};
+
+use crate::common::{Serving, folder, names, origin, qemu_img, readonce};
+
+#[test]
+fn what_is_refused_makes_nothing() {
+    let folder = folder();
+    let at = folder.path();
+    std::fs::write(at.join("base.raw"), vec![7; 1 << 20]).expect("room");
+    std::fs::write(at.join("there.qed"), b"something else").expect("room");
+    qemu_img(at, &["create", "-q", "-f", "qed", "-b", "base.raw", "-F", "raw", "over.qed"]).ok();
+    std::fs::hard_link(at.join("base.raw"), at.join("same.raw")).expect("room");
+    let before = names(at);
+    for (arguments, sentence) in [
+        (
+            "create -f qed -o copy_on_read x.qed 1M",
+            "x.qed: QED only supports Copy-on-Read with a backing file",
+        ),
+        (
+            "create -f qed -o copy_on_read there.qed 1M",
+            "there.qed: QED only supports Copy-on-Read with a backing file",
+        ),
+        (
+            "create -f qed -o copy_on_read=maybe -b base.raw -F raw x.qed",
+            "x.qed: Parameter 'copy_on_read' expects 'on' or 'off'",
+        ),
+        (
+            "create -f qed -o copy_on_read -b base.raw x.qed",
+            "x.qed: Backing file specified without backing format",
+        ),
+        (
+            "create -f qed -b base.raw -F raw -o cluster_size=128M x.qed",
+            "cluster size must be within range [4096, 67108864]",
+        ),
+        ("create -f qed -b base.raw -F raw same.raw", "same filename as the backing file"),
+        ("create -f qed -b over.qed -F qed base.raw", "the backing chain holds the file that is to be made"),
+        ("create -f qed -b ftp://host/x -F raw x.qed 1M", "Unknown protocol 'ftp'"),
+        ("create -f qed -b json:{} -F raw x.qed 1M", "json: name is not supported"),
+        ("create -f qed http://127.0.0.1:9/x.qed 1M", "does not support image creation"),
+        ("create -f qed --retry-for 100ms -b http://127.0.0.1:9/x -F raw x.qed", "http://127.0.0.1:9/x"),
+        ("create -f qed --retry-for never x.qed 1M", "'never' is not a time"),
+        ("run x.raw", "Nothing to run"),
+        ("run base.raw -- true", "never guessed to be raw for writing: say -f raw"),
+        ("serve base.raw", "Nowhere to listen: give -k SOCKET or -p PORT"),
+        ("serve -k s", "Expecting one image file name"),
+        ("serve -k s base.raw", "never guessed to be raw for writing: say -f raw"),
+        ("serve -k s nowhere.qed", "Could not open 'nowhere.qed': No such file or directory"),
+        ("serve -k base.raw over.qed", "the file exists and is not a socket"),
+        ("serve -k s --drive file=over.qed,cor=perhaps", "Parameter 'cor' expects 'on' or 'off'"),
+        ("serve -k s --drive file=over.qed,aio=native", "Invalid parameter 'aio'"),
+        ("serve -k s --drive file=over.qed over.qed", "exclude each other"),
+        ("serve -k s --copy-on-read=on -f raw base.raw", "the image has no backing file"),
+        ("serve -k s --copy-on-read=never over.qed", "expected on, off or auto"),
+        ("serve -k s --on-change=ignore over.qed", "expected refuse, offline or repin"),
+        ("resize base.raw 2M", "never guessed to be raw for writing: say -f raw"),
+        (
+            "io -c length nowhere.qed",
+            "can't open device nowhere.qed: Could not open 'nowhere.qed': No such file or directory",
+        ),
+        ("check --nonsense over.qed", "unexpected argument '--nonsense'"),
+    ] {
+        let told = readonce(at, &arguments.split(' ').collect::<Vec<_>>());
+        assert_eq!(told.code, Some(1), "{arguments}: {told:?}");
+        assert!(told.err.starts_with("readonce: "), "{arguments}: {told:?}");
+        assert!(told.err.contains(sentence), "{arguments}: {told:?}");
+        assert_eq!(names(at), before, "{arguments}");
+    }
+    assert_eq!(std::fs::read(at.join("there.qed")).expect("a file"), b"something else");
+    assert_eq!(std::fs::read(at.join("base.raw")).expect("a file"), vec![7; 1 << 20]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_origin_that_cannot_serve_is_told_with_its_url_and_why() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    let url = origin.url();
+    let create = || {
+        let arguments = ["create", "-f", "qed", "--retry-for", "100ms", "-b", &url, "-F", "raw", "x.qed"];
+        let told = readonce(at, &arguments);
+        assert_eq!(told.code, Some(1), "{told:?}");
+        assert!(told.err.contains(&url), "{told:?}");
+        assert!(told.err.ends_with("Could not open backing image.\n"), "{told:?}");
+        assert_eq!(names(at), Vec::<String>::new());
+        told.err
+    };
+    let status = |status| Fault::Status { status, retry_after: None };
+    for (fault, cause) in [(status(404), "404"), (status(403), "403"), (Fault::IgnoreRange, "200")] {
+        origin.fault(When::always(), fault);
+        let told = create();
+        assert!(told.contains(cause), "{cause}: {told}");
+        origin.heal();
+    }
+    origin.replace(Content::seeded(1, 0), None);
+    create();
+    origin.vanish().await;
+    create();
+}
+
+#[test]
+fn an_image_in_use_is_refused_in_qemus_words() {
+    let folder = folder();
+    let at = folder.path();
+    qemu_img(at, &["create", "-q", "-f", "qed", "a.qed", "1M"]).ok();
+    let serving = Serving::start(at, &["-k", "s", "a.qed"]);
+    let lock = "Failed to get";
+    for arguments in [
+        &["info", "a.qed"][..],
+        &["check", "a.qed"],
+        &["check", "-r", "all", "a.qed"],
+        &["resize", "a.qed", "2M"],
+        &["create", "-f", "qed", "a.qed", "2M"],
+        &["serve", "-k", "other", "a.qed"],
+        &["io", "-c", "length", "a.qed"],
+    ] {
+        let told = readonce(at, arguments).fails(1, lock);
+        assert!(told.err.contains("Is another process using the image [a.qed]?"), "{told:?}");
+    }
+    qemu_img(at, &["info", "a.qed"]).fails(1, lock);
+    readonce(at, &["info", "-U", "a.qed"]).ok();
+    readonce(at, &["map", "-U", "a.qed"]).ok();
+    readonce(at, &["check", "-U", "a.qed"]).ok();
+    readonce(at, &["serve", "-k", "s", "a.qed"]).fails(1, "the socket is in use");
+    assert_eq!(serving.end_by(libc::SIGTERM).code, Some(0));
+    readonce(at, &["info", "a.qed"]).ok();
+}
+
+#[test]
+fn broken_images_are_told_by_field_value_and_limit() {
+    let folder = folder();
+    let at = folder.path();
+    qemu_img(at, &["create", "-q", "-f", "qed", "good.qed", "1M"]).ok();
+    let good = std::fs::read(at.join("good.qed")).expect("an image");
+    for (place, value, words) in [
+        (4, 3_u64, "cluster_size"),
+        (8, 17, "table_size"),
+        (12, 0, "header_size"),
+        (16, 0x80, "features"),
+        (40, 1 << 40, "l1_table_offset"),
+        (48, 513, "image_size"),
+    ] {
+        let mut bad = good.clone();
+        let width = if place < 16 { 4 } else { 8 };
+        bad[place..place + width].copy_from_slice(&value.to_le_bytes()[..width]);
+        std::fs::write(at.join("bad.qed"), bad).expect("room");
+        for arguments in
+            [&["info", "bad.qed"][..], &["io", "-c", "length", "bad.qed"], &["serve", "-k", "s", "bad.qed"]]
+        {
+            readonce(at, arguments).fails(1, "Could not open 'bad.qed'").fails(1, words);
+        }
+    }
+    std::fs::write(at.join("bad.qed"), &good[..40]).expect("room");
+    readonce(at, &["info", "bad.qed"]).fails(1, "Could not open 'bad.qed'");
+    // A chain that comes back to itself.
+    qemu_img(at, &["create", "-q", "-f", "qed", "-u", "-b", "two.qed", "-F", "qed", "one.qed", "1M"]).ok();
+    qemu_img(at, &["create", "-q", "-f", "qed", "-u", "-b", "one.qed", "-F", "qed", "two.qed", "1M"]).ok();
+    readonce(at, &["info", "--backing-chain", "one.qed"]).fails(1, "loop");
+    readonce(at, &["map", "one.qed"]).fails(1, "loop");
+    readonce(at, &["io", "-c", "read 0 512", "one.qed"]).fails(1, "loop");
+}

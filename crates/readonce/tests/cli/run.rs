@@ -1,0 +1,149 @@
+//! `readonce run`: the command, its status and signals, and what is kept where.
+
+use std::{path::Path, process::Stdio};
+
+use readonce_testkit::{Content, FaultyOrigin};
+
+use crate::common::{
+    ORIGIN_BYTES, Ran, command, folder, names, origin, qemu_img, readonce, write_origin_bytes,
+};
+
+fn cache(at: &Path, ending: &str) -> Vec<String> {
+    names(&at.join("cache/readonce")).into_iter().filter(|name| name.ends_with(ending)).collect()
+}
+
+/// Copies the whole disk out of the export and compares.
+fn convert(at: &Path, origin: &FaultyOrigin) -> Ran {
+    let url = origin.url();
+    let script = "qemu-img convert -f raw -O raw \"$READONCE_URI\" out.raw";
+    readonce(at, &["run", "--retry-for", "100ms", &url, "--", "sh", "-c", script])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_url_is_kept_in_the_cache_and_writes_are_not() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    write_origin_bytes(&at.join("wanted.raw"));
+    let told = convert(at, &origin).ok();
+    qemu_img(at, &["compare", "out.raw", "wanted.raw"]).ok();
+    assert!(told.err.contains("what the command wrote is gone"), "{told:?}");
+    assert_eq!(cache(at, ".qed").len(), 1);
+
+    let url = origin.url();
+    let script = "qemu-io -f raw -c 'write -P 9 0 64k' -c flush {uri} && qemu-io -f raw -c 'read -P 9 0 64k' nbd+unix:///?socket={socket}";
+    let asked = origin.body_bytes();
+    readonce(at, &["run", &url, "--", "sh", "-c", script]).ok();
+    convert(at, &origin).ok();
+    qemu_img(at, &["compare", "out.raw", "wanted.raw"]).ok();
+    // Two runs, and each may look for the version more than once, a byte each time.
+    assert!(origin.body_bytes() - asked < 10, "{}", origin.body_bytes() - asked);
+
+    origin.vanish().await;
+    let told = convert(at, &origin).ok();
+    assert!(told.err.contains("what was read before is used"), "{told:?}");
+    qemu_img(at, &["compare", "out.raw", "wanted.raw"]).ok();
+    assert_eq!(names(at), ["cache", "out.raw", "wanted.raw"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_file_is_a_new_image_and_a_warning() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    convert(at, &origin).ok();
+    let content = Content::seeded(8, ORIGIN_BYTES);
+    origin.replace(content.clone(), Some("\"new\""));
+    let told = convert(at, &origin).ok();
+    assert!(told.err.contains("changed: a new image is begun"), "{told:?}");
+    assert_eq!(cache(at, ".qed").len(), 2);
+    assert!(std::fs::read(at.join("out.raw")).expect("a file") == content.bytes(0..ORIGIN_BYTES));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_run_of_the_same_url_is_told_so() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    let url = origin.url();
+    let mut first = command(at)
+        .args(["run", &url, "--", "sh", "-c", "echo ready; read line"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("it starts");
+    let mut ready = String::new();
+    let stdout = first.stdout.take().expect("piped");
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut ready).expect("text");
+    assert_eq!(ready, "ready\n");
+    let told = readonce(at, &["run", &url, "--", "true"]).fails(1, "another `readonce run` uses");
+    assert!(told.err.contains("--image FILE"), "{told:?}");
+    readonce(at, &["run", "--image", "own.qed", &url, "--", "true"]).ok();
+    drop(first.stdin.take());
+    first.wait().expect("it ends");
+    readonce(at, &["run", &url, "--", "true"]).ok();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_of_ones_own_keeps_everything() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    let url = origin.url();
+    let write = "qemu-io -f raw -c 'write -P 9 0 64k' {uri}";
+    readonce(at, &["run", "--image", "own.qed", &url, "--", "sh", "-c", write]).ok();
+    readonce(
+        at,
+        &["run", "--image", "own.qed", &url, "--", "sh", "-c", "qemu-io -f raw -c 'read -P 9 0 64k' {uri}"],
+    )
+    .ok();
+    readonce(at, &["run", "own.qed", "--", "sh", "-c", "qemu-io -f raw -c 'read -P 9 0 64k' {uri}"]).ok();
+    readonce(at, &["check", "own.qed"]).ok();
+    readonce(at, &["run", "--image", "own.qed", &origin.url_of("/other"), "--", "true"])
+        .fails(1, "own.qed is an image over");
+    readonce(at, &["run", &origin.url(), "--image", "nowhere/own.qed", "--", "true"])
+        .fails(1, "Could not create 'nowhere/own.qed'");
+    assert_eq!(names(at), ["own.qed"]);
+}
+
+#[test]
+fn the_status_is_that_of_the_command() {
+    let folder = folder();
+    let at = folder.path();
+    readonce(at, &["create", "-q", "-f", "qed", "a.qed", "1M"]).ok();
+    for (script, code) in
+        [("exit 0", 0), ("exit 7", 7), ("exit 255", 255), ("kill -9 $$", 137), ("kill -15 $$", 143)]
+    {
+        assert_eq!(readonce(at, &["run", "a.qed", "--", "sh", "-c", script]).code, Some(code), "{script}");
+    }
+    readonce(at, &["run", "a.qed", "--", "no-such-command"])
+        .fails(127, "no-such-command: No such file or directory");
+    readonce(at, &["run", "a.qed", "--", "./a.qed"]).fails(126, "Permission denied");
+    assert_eq!(names(at), ["a.qed"]);
+    qemu_img(at, &["check", "a.qed"]).ok();
+}
+
+#[test]
+fn signals_reach_the_command_and_the_image_is_closed_clean() {
+    let folder = folder();
+    let at = folder.path();
+    readonce(at, &["create", "-q", "-f", "qed", "a.qed", "1M"]).ok();
+    let script = "trap 'exit 5' TERM; qemu-io -f raw -c 'write -P 3 0 64k' {uri} >/dev/null; echo ready; while :; do sleep 0.1; done";
+    let mut child = command(at)
+        .args(["run", "--quiet", "a.qed", "--", "sh", "-c", script])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    let mut ready = String::new();
+    let stdout = child.stdout.take().expect("piped");
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut ready).expect("text");
+    assert_eq!(ready, "ready\n");
+    let id: i32 = child.id().try_into().expect("a process number");
+    // SAFETY: the child was not waited for, so the number is its.
+    assert_eq!(unsafe { libc::kill(id, libc::SIGTERM) }, 0);
+    assert_eq!(child.wait().expect("it ends").code(), Some(5));
+    qemu_img(at, &["check", "a.qed"]).ok();
+    readonce(at, &["io", "-c", "read -P 3 0 64k", "a.qed"]).ok();
+    assert_eq!(names(at), ["a.qed"]);
+}

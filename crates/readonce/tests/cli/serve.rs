@@ -1,0 +1,255 @@
+//! `readonce serve` with QEMU's clients: what they read and write, how it ends, what is in the image after it.
+
+use std::os::unix::fs::PermissionsExt;
+
+use readonce_testkit::{Content, Fault, When};
+
+use crate::common::{
+    ORIGIN_BYTES, Serving, command, folder, names, origin, qemu_img, qemu_io, readonce, write_origin_bytes,
+};
+
+/// `--drive file=c.qed`, an image over an origin in `at`.
+fn image_over(url: &str, at: &std::path::Path) {
+    readonce(at, &["create", "-q", "-f", "qed", "-o", "copy_on_read", "-b", url, "-F", "raw", "c.qed"]).ok();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_read_is_fetched_once_and_kept() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    image_over(&origin.url(), at);
+    write_origin_bytes(&at.join("wanted.raw"));
+    origin.clear_log();
+    let probe_bytes = origin.body_bytes();
+
+    let serving = Serving::start(at, &["-k", "s", "c.qed"]);
+    assert_eq!(serving.uri, format!("nbd+unix:///?socket={}/s", at.display()));
+    let mode = std::fs::metadata(at.join("s")).expect("a socket").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    for _ in 0..2 {
+        qemu_img(at, &["compare", "-f", "raw", "-F", "raw", &serving.uri, "wanted.raw"]).ok();
+    }
+    qemu_io(at, &["-f", "raw", "-c", "write -P 9 1M 100k", "-c", "flush", &serving.uri]).ok();
+    let ended = serving.end_by(libc::SIGTERM);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(ended.err.contains("opened c.qed (qed) to read and write"), "{ended:?}");
+    assert!(ended.err.contains(&format!("opened {} (raw) to read", origin.url())), "{ended:?}");
+    assert!(!at.join("s").exists());
+    // The probe at open asks for a byte.
+    let fetched = origin.body_bytes() - probe_bytes;
+    assert!((ORIGIN_BYTES..=ORIGIN_BYTES + 1).contains(&fetched), "{fetched}");
+
+    origin.vanish().await;
+    qemu_img(at, &["check", "-f", "qed", "-U", "c.qed"]).fails(1, "Could not open backing file");
+    readonce(at, &["check", "c.qed"]).ok();
+    readonce(at, &["io", "--on-change=offline", "-c", "read -P 9 1M 100k", "-c", "read 0 4M", "c.qed"]).ok();
+    // Cut from its backing, it is a whole image for QEMU.
+    readonce(at, &["rebase", "-u", "-b", "", "c.qed"]).ok();
+    qemu_img(at, &["check", "c.qed"]).ok();
+    qemu_io(at, &["-c", "read -P 9 1M 100k", "c.qed"]).ok();
+    qemu_io(at, &["-f", "raw", "-c", "write -P 9 1M 100k", "wanted.raw"]).ok();
+    qemu_img(at, &["compare", "c.qed", "wanted.raw"]).ok();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn part_of_a_cluster_is_saved_at_the_end() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    image_over(&origin.url(), at);
+    write_origin_bytes(&at.join("wanted.raw"));
+    qemu_io(at, &["-f", "raw", "-c", "write -P 9 68k 4k", "wanted.raw"]).ok();
+    let serving = Serving::start(at, &["--quiet", "-p", "0", "c.qed"]);
+    assert!(serving.uri.starts_with("nbd://127.0.0.1:"), "{}", serving.uri);
+    // No flush: qemu-io sends one when it closes the device, so the client is one that does not.
+    write_and_leave(&serving.uri, 68 << 10, &[9; 4096]).await;
+    let ended = serving.end_by(libc::SIGINT);
+    assert_eq!((ended.code, ended.err.as_str()), (Some(0), ""));
+    readonce(at, &["check", "c.qed"]).ok();
+    let serving = Serving::start(at, &["-r", "-k", "s", "c.qed"]);
+    qemu_img(at, &["compare", "-f", "raw", "-F", "raw", &serving.uri, "wanted.raw"]).ok();
+    qemu_io(at, &["-f", "raw", "-r", "-c", "read -P 9 68k 4k", &serving.uri]).ok();
+    assert_eq!(serving.end_by(libc::SIGTERM).code, Some(0));
+}
+
+async fn write_and_leave(uri: &str, offset: u64, data: &[u8]) {
+    use readonce_testkit::nbd_client::{ConnectOptions, NbdClient};
+    let address = uri.trim_start_matches("nbd://").trim_end_matches('/').parse().expect("an address");
+    let client = NbdClient::connect_tcp(address, &ConnectOptions::default()).await.expect("a server");
+    client.write(offset, data, 0).await.expect("written");
+    client.abandon().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bytes_that_cannot_be_saved_are_named() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    image_over(&origin.url(), at);
+    let serving =
+        Serving::start(at, &["-p", "0", "--retry-for", "100ms", "--shutdown-timeout", "1s", "c.qed"]);
+    origin.vanish().await;
+    write_and_leave(&serving.uri, 68 << 10, &[9; 4096]).await;
+    let ended = serving.end_by(libc::SIGTERM).fails(1, "could not save guest bytes 0x10000..0x20000");
+    assert!(ended.err.contains("readonce: c.qed: "), "{ended:?}");
+    // Nothing of it is in the image, and the image is whole.
+    origin.come_back().await.expect("the port");
+    readonce(at, &["check", "-r", "all", "c.qed"]).ok();
+    write_origin_bytes(&at.join("wanted.raw"));
+    let serving = Serving::start(at, &["-k", "s", "c.qed"]);
+    qemu_img(at, &["compare", "-f", "raw", "-F", "raw", &serving.uri, "wanted.raw"]).ok();
+    assert_eq!(serving.end_by(libc::SIGTERM).code, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_kill_nothing_is_corrupt_and_what_was_flushed_is_there() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    image_over(&origin.url(), at);
+    for round in 1..=4_u8 {
+        let serving = Serving::start(at, &["-k", "s", "c.qed"]);
+        let place = u64::from(round) * 300;
+        let flushed = format!("write -P {round} {place}k 100k");
+        let unflushed = format!("write -P 99 {}k 64k", 2048 + place);
+        qemu_io(at, &["-f", "raw", "-c", &flushed, "-c", "flush", "-c", "read 0 2M", &serving.uri]).ok();
+        qemu_io(at, &["-f", "raw", "-c", &unflushed, &serving.uri]).ok();
+        assert_eq!(serving.end_by(libc::SIGKILL).code, None);
+        let checked = readonce(at, &["check", "-U", "c.qed"]);
+        assert!(matches!(checked.code, Some(0 | 3)), "{checked:?}");
+        let commands: Vec<String> = (1..=round)
+            .flat_map(|round| ["-c".to_owned(), format!("read -P {round} {}k 100k", u64::from(round) * 300)])
+            .collect();
+        let arguments: Vec<&str> =
+            ["io"].into_iter().chain(commands.iter().map(String::as_str)).chain(["c.qed"]).collect();
+        readonce(at, &arguments).ok();
+    }
+    readonce(at, &["check", "-r", "all", "c.qed"]).ok();
+    readonce(at, &["check", "c.qed"]).ok();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_only_export_still_fills() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    image_over(&origin.url(), at);
+    let serving =
+        Serving::start(at, &["-k", "s", "--drive", "file=c.qed,readonly=on,cor=on,if=ide,format=qed"]);
+    qemu_io(at, &["-f", "raw", "-r", "-c", "read 0 128k", &serving.uri]).ok();
+    qemu_io(at, &["-f", "raw", "-c", "length", &serving.uri]).fails(1, "Permission denied");
+    assert_eq!(serving.end_by(libc::SIGTERM).code, Some(0));
+    let map = readonce(at, &["map", "c.qed"]).ok().out;
+    assert!(map.contains("c.qed\n0x20000"), "{map}");
+
+    // With copy-on-read off nothing is kept.
+    let before = std::fs::read(at.join("c.qed")).expect("an image");
+    let serving = Serving::start(at, &["-k", "s", "-r", "--copy-on-read=off", "c.qed"]);
+    qemu_io(at, &["-f", "raw", "-r", "-c", "read 1M 128k", &serving.uri]).ok();
+    assert_eq!(serving.end_by(libc::SIGTERM).code, Some(0));
+    assert!(std::fs::read(at.join("c.qed")).expect("an image") == before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_origin_is_refused_and_what_is_local_reads() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    image_over(&origin.url(), at);
+    readonce(at, &["io", "-c", "read 0 64k", "c.qed"]).ok();
+    write_origin_bytes(&at.join("old.raw"));
+    origin.replace(Content::seeded(8, ORIGIN_BYTES), Some("\"new\""));
+    for choice in ["--on-change=refuse", "--on-change=offline"] {
+        let serving = Serving::start(at, &["-k", "s", choice, "c.qed"]);
+        qemu_io(at, &["-f", "raw", "-c", "read 0 64k", &serving.uri]).ok();
+        let told = qemu_io(at, &["-f", "raw", "-c", "read 64k 64k", &serving.uri]);
+        assert!(told.code == Some(1) && told.out.contains("Input/output error"), "{told:?}");
+        let ended = serving.end_by(libc::SIGTERM);
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        if choice == "--on-change=refuse" {
+            assert!(ended.err.contains("changed"), "{ended:?}");
+        }
+    }
+    readonce(at, &["serve", "-k", "s", "--on-change=repin", "c.qed"])
+        .fails(1, "only for an image that holds none");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_origin_away_at_open_is_a_warning() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    image_over(&origin.url(), at);
+    readonce(at, &["io", "-c", "read 0 64k", "c.qed"]).ok();
+    origin.vanish().await;
+    let serving = Serving::start(at, &["-k", "s", "--retry-for", "100ms", "c.qed"]);
+    qemu_io(at, &["-f", "raw", "-c", "read 0 64k", &serving.uri]).ok();
+    let told = qemu_io(at, &["-f", "raw", "-c", "read 64k 64k", &serving.uri]);
+    assert!(told.code == Some(1) && told.out.contains("Input/output error"), "{told:?}");
+    origin.come_back().await.expect("the port");
+    qemu_io(at, &["-f", "raw", "-c", "read 64k 64k", &serving.uri]).ok();
+    let ended = serving.end_by(libc::SIGTERM);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(ended.err.contains("readonce: warning: ") && ended.err.contains(&origin.url()), "{ended:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn passing_failures_are_not_seen() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    image_over(&origin.url(), at);
+    write_origin_bytes(&at.join("wanted.raw"));
+    origin.fault(When::next(2), Fault::Status { status: 503, retry_after: None });
+    origin.fault(When::next(6), Fault::CutAfter(1000));
+    let serving = Serving::start(at, &["-k", "s", "c.qed"]);
+    qemu_img(at, &["compare", "-f", "raw", "-F", "raw", &serving.uri, "wanted.raw"]).ok();
+    assert_eq!(serving.end_by(libc::SIGTERM).code, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_a_pid_file_and_a_port() {
+    let folder = folder();
+    let at = folder.path();
+    readonce(at, &["create", "-q", "-f", "qed", "a.qed", "1M"]).ok();
+    let serving =
+        Serving::start(at, &["-p", "0", "-b", "localhost", "-x", "disk one", "--pid-file", "pid", "a.qed"]);
+    assert!(serving.uri.ends_with("/disk%20one"), "{}", serving.uri);
+    assert_eq!(std::fs::read_to_string(at.join("pid")).expect("a file"), format!("{}\n", serving.id()));
+    qemu_io(at, &["-f", "raw", "-c", "write -P 1 0 1M", &serving.uri]).ok();
+    assert_eq!(serving.end_by(libc::SIGHUP).code, Some(0));
+    assert_eq!(names(at), ["a.qed"]);
+    qemu_io(at, &["-c", "read -P 1 0 1M", "a.qed"]).ok();
+    qemu_img(at, &["check", "a.qed"]).ok();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credentials_come_from_the_environment_and_stay_out_of_sight() {
+    use readonce_testkit::{FaultyOrigin, OriginSpec};
+    let folder = folder();
+    let at = folder.path();
+    let spec = OriginSpec {
+        require: Some(("authorization".into(), "Bearer sesame".into())),
+        ..OriginSpec::new(Content::seeded(7, ORIGIN_BYTES))
+    };
+    let origin = FaultyOrigin::start(spec).await.expect("a port");
+    let url = origin.url();
+    let create = ["create", "-f", "qed", "-b", &url, "-F", "raw", "c.qed"];
+    readonce(at, &create).fails(1, "401");
+    assert_eq!(names(at), Vec::<String>::new());
+    let output = command(at).args(create).env("READONCE_HTTP_TOKEN", "sesame").output().expect("it runs");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    // A name that only the image holds gets no credential, unless the user names its host.
+    let io = ["io", "--retry-for", "100ms", "-c", "read 0 64k", "c.qed"];
+    let output = command(at).args(io).env("READONCE_HTTP_TOKEN", "sesame").output().expect("it runs");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let host = format!("http://{}", origin.addr());
+    let output = command(at)
+        .args(io)
+        .env("READONCE_HTTP_TOKEN", "sesame")
+        .env("READONCE_HTTP_HOST", host)
+        .output()
+        .expect("it runs");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+}
