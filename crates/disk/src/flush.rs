@@ -36,6 +36,8 @@ pub(crate) struct Rounds {
     served: AtomicU64,
     /// A group is open and its timer runs.
     group_open: AtomicBool,
+    /// A full group is about to be closed.
+    group_full: AtomicBool,
     /// Commits so far.
     commits: AtomicU64,
     closing: AtomicBool,
@@ -97,7 +99,7 @@ impl Image {
         if opened {
             let image = self.shared();
             self.rt.spawn(Box::pin(async move { image.group_timer().await }));
-        } else if full {
+        } else if full && !self.rounds.group_full.swap(true, Ordering::AcqRel) {
             let image = self.shared();
             self.rt.spawn(Box::pin(async move { image.close_group().await }));
         }
@@ -123,6 +125,7 @@ impl Image {
             return;
         }
         let _round = self.rounds.running.lock().await;
+        self.rounds.group_full.store(false, Ordering::Release);
         if let Err(error) = self.mapper.flush(Durability::Linked).await {
             tracing::warn!("fills not linked: {}", self.failed(error));
         }
