@@ -30,6 +30,7 @@ use crate::{
     folders, human,
     report::ToldArgs,
     session::{EndArgs, Session},
+    signals::{Signals, until_signal},
 };
 
 /// Bytes of the disk.
@@ -53,8 +54,12 @@ pub struct Args {
     seed: u64,
 }
 
-/// Runs it.
+/// Runs it. A signal ends it, and what it made is deleted then too.
 pub async fn run(args: Args) -> Outcome {
+    until_signal(&mut Signals::catch()?, show(args)).await
+}
+
+async fn show(args: Args) -> Outcome {
     let folder = folders::roomy()?;
     let image = folder.path().join("cached.qed");
     let content = Content::seeded_with_zeros(args.seed, DISK_BYTES, ZERO_EVERY);

@@ -20,7 +20,7 @@ const TICK: Duration = Duration::from_millis(200);
 const COUNT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What was asked of the origins of a chain.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Fetched {
     /// Bytes.
     pub bytes: u64,
@@ -48,7 +48,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Draws until it is dropped. Nothing is drawn where standard error is not a terminal.
+    /// Draws what changes until it is dropped. Nothing is drawn where standard error is not a terminal.
     pub fn start(chain: Arc<Chain>) -> Self {
         let bar = ProgressBar::new_spinner();
         if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}") {
@@ -62,6 +62,10 @@ impl Progress {
             loop {
                 tokio::time::sleep(TICK).await;
                 let now = Fetched::by(&chain);
+                if now == last {
+                    // The terminal may be the command's, too: nothing is drawn without need.
+                    continue;
+                }
                 let rate = (now.bytes - last.bytes) * 1000 / TICK.as_millis() as u64;
                 last = now;
                 drawn.set_message(format!(

@@ -18,7 +18,7 @@ use crate::{
     folders,
     report::{self, ToldArgs},
     session::{self, EndArgs, Session},
-    signals::{Signals, end_at_the_next},
+    signals::{Signals, end_at_the_next, until_signal},
 };
 
 /// Run a command that uses an image or URL, filling the image as it is read
@@ -56,18 +56,20 @@ pub async fn run(mut args: Args) -> Outcome {
     if args.command.is_empty() {
         return Err(Failure::usage("run", "Nothing to run: give the command after --"));
     }
-    let image = image::choose(&name, &args).await?;
-    let chain = session::open(&image.top, image.options.clone(), args.told).await;
+    let mut signals = Signals::catch()?;
+    let opening = async {
+        let image = image::choose(&name, &args).await?;
+        let chain = session::open(&image.top, image.options.clone(), args.told).await?;
+        Ok((image, chain))
+    };
+    let (mut image, chain) = until_signal(&mut signals, opening).await?;
     // Opened, it needs no name any more, and its room is given back however we end.
-    drop(image.temporary);
-    let chain = chain?;
+    drop(image.temporary.take());
 
     let folder = folders::private()?;
     let socket = folder.path().join("nbd");
     let listener =
         Listener::unix(&socket).map_err(|error| Failure::new(format!("Cannot listen: {error}")))?;
-    let mut signals =
-        Signals::catch().map_err(|error| Failure::new(format!("cannot catch signals: {error}")))?;
     let session = Session::start(chain, listener, "", &args.end, args.told)?;
     if let Some(note) = &image.note {
         args.told.say(note);

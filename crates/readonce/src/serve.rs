@@ -15,7 +15,7 @@ use crate::{
     failure::{Failure, Outcome},
     report::{self, ToldArgs},
     session::{self, EndArgs, Session},
-    signals::{Signals, end_at_the_next},
+    signals::{Signals, end_at_the_next, until_signal},
 };
 
 /// Serve an image over NBD, filling it as it is read
@@ -58,16 +58,16 @@ pub async fn run(mut args: Args) -> Outcome {
     if args.socket.is_none() && args.port.is_none() {
         return Err(Failure::usage("serve", "Nowhere to listen: give -k SOCKET or -p PORT"));
     }
+    let mut signals = Signals::catch()?;
     // First, so that a socket in use is told before the image is touched.
     let listener = listen(&args).await?;
-    let chain = session::open(&image, args.chain.chain_options(&image)?, args.told).await?;
-    let mut signals =
-        Signals::catch().map_err(|error| Failure::new(format!("cannot catch signals: {error}")))?;
-    let session = Session::start(chain, listener, &args.export_name, &args.end, args.told)?;
     let pid_file = match &args.pid_file {
         Some(path) => Some(PidFile::write(path)?),
         None => None,
     };
+    let options = args.chain.chain_options(&image)?;
+    let chain = until_signal(&mut signals, session::open(&image, options, args.told)).await?;
+    let session = Session::start(chain, listener, &args.export_name, &args.end, args.told)?;
     // Who started us may have gone; the clients have not.
     let mut stdout = std::io::stdout();
     let _ = writeln!(stdout, "{}", session.uri()).and_then(|()| stdout.flush());

@@ -4,6 +4,8 @@ use std::io;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use crate::failure::Failure;
+
 /// Signals caught from when this is made.
 pub struct Signals {
     caught: Vec<(i32, Signal)>,
@@ -11,10 +13,11 @@ pub struct Signals {
 
 impl Signals {
     /// Catches SIGTERM, SIGINT and SIGHUP.
-    pub fn catch() -> io::Result<Self> {
+    pub fn catch() -> Result<Self, Failure> {
         let kinds = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()];
         let caught = kinds.into_iter().map(|kind| Ok((kind.as_raw_value(), signal(kind)?)));
-        Ok(Self { caught: caught.collect::<io::Result<_>>()? })
+        let caught = caught.collect::<io::Result<_>>();
+        Ok(Self { caught: caught.map_err(|error| Failure::new(format!("cannot catch signals: {error}")))? })
     }
 
     /// Waits for the next; gives its number.
@@ -26,6 +29,19 @@ impl Signals {
             })
         });
         futures_util::future::select_all(waits).await.0
+    }
+}
+
+/// Runs what comes before there is anything to save; a signal ends it.
+pub async fn until_signal<T>(
+    signals: &mut Signals,
+    work: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    tokio::select! {
+        done = work => done,
+        number = signals.next() => {
+            Err(Failure::with_exit(u8::try_from(128 + number).unwrap_or(1), "interrupted"))
+        }
     }
 }
 

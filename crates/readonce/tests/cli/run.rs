@@ -2,7 +2,7 @@
 
 use std::{path::Path, process::Stdio};
 
-use readonce_testkit::{Content, FaultyOrigin};
+use readonce_testkit::{Content, Fault, FaultyOrigin, When};
 
 use crate::common::{
     ORIGIN_BYTES, Ran, command, folder, names, origin, qemu_img, readonce, write_origin_bytes,
@@ -146,4 +146,27 @@ fn signals_reach_the_command_and_the_image_is_closed_clean() {
     qemu_img(at, &["check", "a.qed"]).ok();
     readonce(at, &["io", "-c", "read -P 3 0 64k", "a.qed"]).ok();
     assert_eq!(names(at), ["a.qed"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signal_before_the_command_leaves_nothing_behind() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    let gate = std::sync::Arc::new(tokio::sync::Semaphore::new(0));
+    origin.fault(When::always(), Fault::HoldHead(gate));
+    let mut child = command(at)
+        .args(["run", &origin.url(), "--", "touch", "ran"])
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("it starts");
+    while origin.log().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let id: i32 = child.id().try_into().expect("a process number");
+    // SAFETY: the child was not waited for, so the number is its.
+    assert_eq!(unsafe { libc::kill(id, libc::SIGINT) }, 0);
+    assert_eq!(child.wait().expect("it ends").code(), Some(130));
+    assert_eq!(names(at), ["cache"]);
+    assert_eq!(cache(at, ".qed"), Vec::<String>::new());
 }

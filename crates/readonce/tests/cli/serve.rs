@@ -209,6 +209,35 @@ async fn passing_failures_are_not_seen() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_read_that_waits_for_the_origin_does_not_hold_up_the_end() {
+    use readonce_testkit::nbd_client::{ConnectOptions, NbdClient};
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    image_over(&origin.url(), at);
+    let serving = Serving::start(at, &["-k", "s", "--shutdown-timeout", "1s", "c.qed"]);
+    let client = NbdClient::connect_unix(at.join("s"), &ConnectOptions::default()).await.expect("a server");
+    client.write(68 << 10, &[9; 4096], 0).await.expect("written");
+    client.flush().await.expect("flushed");
+    let gate = std::sync::Arc::new(tokio::sync::Semaphore::new(0));
+    origin.fault(When::always(), Fault::HoldHead(gate));
+    let asked = origin.log().len();
+    let reader = tokio::spawn({
+        let client = client.clone();
+        async move { client.read(1 << 20, 4096).await }
+    });
+    while origin.log().len() == asked {
+        tokio::task::yield_now().await;
+    }
+    // Nothing of the guest waits for the origin, so the end is a clean one.
+    let ended = tokio::task::spawn_blocking(|| serving.end_by(libc::SIGTERM)).await.expect("it ran");
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(reader.await.expect("it ran").is_err());
+    readonce(at, &["check", "c.qed"]).ok();
+    readonce(at, &["io", "--on-change=offline", "-c", "read -P 9 68k 4k", "c.qed"]).ok();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_name_a_pid_file_and_a_port() {
     let folder = folder();
     let at = folder.path();
