@@ -175,7 +175,8 @@ impl Opening {
             return Ok(());
         }
         let name = self.locator.printable();
-        self.shared.warn(format!("{name} was not closed clean and has {} errors: repairing", report.corruptions));
+        self.shared
+            .warn(format!("{name} was not closed clean and has {} errors: repairing", report.corruptions));
         let report = driver.repair(storage, Repair::All).await.map_err(|error| self.failed(error))?;
         match report.corruptions {
             0 => Ok(()),
