@@ -10,6 +10,7 @@ mod image;
 
 use std::process::ExitCode;
 
+use readonce_disk::chain::CopyOnRead;
 use readonce_export::nbd::Listener;
 
 use crate::{
@@ -78,10 +79,13 @@ pub async fn run(mut args: Args) -> Outcome {
     end_at_the_next(signals);
     let ended = session.end(Some(image.kept.clone())).await;
     if image.writes_are_temporary {
-        args.told.say(format_args!(
-            "what the command wrote is gone; what it read is kept in {}",
-            image.kept.display()
-        ));
+        let kept = match args.chain.copy_on_read {
+            CopyOnRead::Off => String::new(),
+            CopyOnRead::On | CopyOnRead::Auto => {
+                format!("; what it read is kept in {}", image.kept.display())
+            }
+        };
+        args.told.say(format_args!("what the command wrote is gone{kept}"));
     }
     drop(image.claim);
     match (status, ended) {

@@ -193,23 +193,28 @@ async fn in_cache(url: &Url, mut options: ChainOptions) -> Result<Chosen, Failur
     }
     check_backing(&found.image, &place).await?;
     options.format = Some("qed".to_owned());
-    if options.read_only || options.copy_on_read == CopyOnRead::Off {
-        options.read_only = true;
+    if options.read_only {
         return Ok(Chosen { claim: Some(claim), ..Chosen::kept_in(&found.image, options) });
     }
     let temporary = folders::roomy()?;
     let top = temporary.path().join("guest.qed");
     over(&found.image, &top).await?;
-    // The fills go into the cache's image, which says so itself; the guest's image takes writes only.
-    options.copy_on_read = CopyOnRead::Auto;
+    let keeps = options.copy_on_read != CopyOnRead::Off;
+    if keeps {
+        // The fills go into the cache's image, which says so itself; the guest's image takes writes only.
+        options.copy_on_read = CopyOnRead::Auto;
+    }
     Ok(Chosen {
         top: top.display().to_string(),
         options,
         kept: found.image,
         writes_are_temporary: true,
-        note: Some(
-            "what is read is kept in the user's cache; what the command writes is temporary (--image FILE keeps it)",
-        ),
+        note: Some(match keeps {
+            true => {
+                "what is read is kept in the user's cache; what the command writes is temporary (--image FILE keeps it)"
+            }
+            false => "what the command writes is temporary (--image FILE keeps it)",
+        }),
         claim: Some(claim),
         temporary: Some(temporary),
     })

@@ -3,6 +3,8 @@
 //! - `common`: running things. `images`: create, info, map, check, against qemu-img. `changes`: amend, rebase, resize.
 //!   `refusals`: bad input. `io`: against qemu-io. `serve`, `run`: with clients. `demo`.
 
+#![allow(clippy::disallowed_methods, reason = "tests outside the engine: real processes, real time")]
+
 mod changes;
 mod common;
 mod demo;

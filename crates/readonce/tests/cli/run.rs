@@ -47,6 +47,27 @@ async fn a_url_is_kept_in_the_cache_and_writes_are_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_url_read_only_and_without_copy_on_read() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    let url = origin.url();
+    let write = "qemu-io -f raw -c 'write -P 9 0 64k' -c 'read -P 9 0 64k' -c 'read 1M 64k' {uri}";
+    let held = |wanted: &str| {
+        let image = format!("cache/readonce/{}", cache(at, ".qed")[0]);
+        let told = readonce(at, &["io", "-r", "-c", "alloc 0 4M", &image]).ok().out;
+        assert!(told.starts_with(wanted), "{told}");
+    };
+    readonce(at, &["run", "--copy-on-read=off", &url, "--", "sh", "-c", write]).ok();
+    held("0/");
+    let read = "qemu-io -r -f raw -c 'read 1M 64k' {uri}; qemu-io -f raw -c 'write 0 64k' {uri} 2>/dev/null && exit 9; true";
+    readonce(at, &["run", "-r", &url, "--", "sh", "-c", read]).ok();
+    held("65536/");
+    readonce(at, &["run", &url, "--", "sh", "-c", write]).ok();
+    held("65536/");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_changed_file_is_a_new_image_and_a_warning() {
     let folder = folder();
     let at = folder.path();
