@@ -137,8 +137,8 @@ struct Entry<R> {
     bytes: Vec<u8>,
     /// Offsets inside the unit.
     known: RangeSet,
-    /// Some bytes are a guest's: the entry must not end without being stored.
-    guest: bool,
+    /// Offsets inside the unit that are a guest's: with any, the entry must not end without being stored.
+    guest: RangeSet,
     /// Against which bound the unit's bytes count; a `Writing` unit holds none here.
     counted: Option<Budget>,
     room: Option<R>,
@@ -185,7 +185,7 @@ impl<R> InFlight<R> {
 
     /// Lets go of every fetch without guest bytes, at shutdown; its readers fail with `error`. Late bytes find nobody.
     pub fn abandon_fetches(&mut self, error: &LayerError) {
-        let plain = |entry: &Entry<R>| matches!(entry.state, State::Fetching(_)) && !entry.guest;
+        let plain = |entry: &Entry<R>| matches!(entry.state, State::Fetching(_)) && !entry.is_guest();
         let units: Vec<u64> =
             self.entries.iter().filter(|(_, entry)| plain(entry)).map(|(&unit, _)| unit).collect();
         for unit in units {
@@ -216,15 +216,17 @@ impl<R> InFlight<R> {
 
     /// Whether the unit holds guest bytes that the map does not show yet.
     pub fn holds_guest_bytes(&self, unit: u64) -> bool {
-        self.entries.get(&unit).is_some_and(|entry| entry.guest)
+        self.entries.get(&unit).is_some_and(Entry::is_guest)
     }
 
-    /// Guest ranges of units that hold guest bytes: what a shutdown could not save.
+    /// Guest ranges that the guest wrote and the map does not show yet: what a shutdown could not save.
     pub fn guest_ranges(&self) -> Vec<Range<u64>> {
         let unit = self.unit_bytes;
         let mut set = RangeSet::default();
-        for (&index, _) in self.entries.iter().filter(|(_, entry)| entry.guest) {
-            set.insert(index * unit..(index + 1) * unit);
+        for (&index, entry) in &self.entries {
+            for range in entry.guest.iter() {
+                set.insert(index * unit + range.start..index * unit + range.end);
+            }
         }
         set.iter().collect()
     }
@@ -329,7 +331,7 @@ impl<R> InFlight<R> {
             for reader in entry.readers.drain(..) {
                 let _ = reader.tell.send(Delivery::Failed(error.clone()));
             }
-            if entry.guest {
+            if entry.is_guest() {
                 entry.state = State::Held;
                 for waiter in entry.flush_waiters.drain(..) {
                     let _ = waiter.send(Err(error.clone()));
@@ -356,7 +358,7 @@ impl<R> InFlight<R> {
                 Write::Wait(told)
             }
             // Without guest bytes there is nothing to lose should the write fail.
-            State::Fetching(_) if whole && !entry.guest => {
+            State::Fetching(_) if whole && !entry.is_guest() => {
                 self.fetch_bytes -= unit_bytes;
                 entry.state = State::Writing;
                 entry.counted = None;
@@ -365,8 +367,7 @@ impl<R> InFlight<R> {
             }
             State::Fetching(_) | State::Held if entry.room.is_none() => Write::NeedsRoom,
             State::Fetching(_) | State::Held => {
-                if !entry.guest {
-                    entry.guest = true;
+                if !entry.is_guest() {
                     entry.counted = Some(Budget::Guest);
                     self.fetch_bytes -= unit_bytes;
                     self.guest_bytes += unit_bytes;
@@ -405,7 +406,6 @@ impl<R> InFlight<R> {
         let id = FetchId(self.fetch_next);
         self.fetch_next += 1;
         let mut entry = Entry::fetching(id, unit, self.unit_bytes, backing_end, Budget::Guest);
-        entry.guest = true;
         entry.room = Some(room);
         entry.overwrite(from, data);
         self.guest_bytes += self.unit_bytes;
@@ -434,11 +434,11 @@ impl<R> InFlight<R> {
         match outcome {
             Stored::Linked => self.remove(unit),
             Stored::Dropped => {
-                assert!(!entry.guest, "guest bytes are never dropped");
+                assert!(!entry.is_guest(), "guest bytes are never dropped");
                 self.remove(unit);
             }
             Stored::Kept(error, room) => {
-                assert!(entry.guest);
+                assert!(entry.is_guest());
                 entry.bytes = bytes.to_vec();
                 entry.state = State::Held;
                 entry.room = room;
@@ -458,7 +458,7 @@ impl<R> InFlight<R> {
     /// What a flush must wait for: every unit with guest bytes. What had failed is started again.
     pub fn begin_flush(&mut self) -> FlushWork<R> {
         let mut work = FlushWork { waits: Vec::new(), fetches: Vec::new(), stores: Vec::new() };
-        for (&unit, entry) in self.entries.iter_mut().filter(|(_, entry)| entry.guest) {
+        for (&unit, entry) in self.entries.iter_mut().filter(|(_, entry)| entry.is_guest()) {
             let (tell, told) = oneshot::channel();
             entry.flush_waiters.push(tell);
             work.waits.push(told);
@@ -507,7 +507,7 @@ impl<R> Entry<R> {
             state,
             bytes,
             known: RangeSet::default(),
-            guest: false,
+            guest: RangeSet::default(),
             counted,
             room: None,
             readers: Vec::new(),
@@ -562,7 +562,12 @@ impl<R> Entry<R> {
         let range = from..from + data.len() as u64;
         let (start, end) = offsets(&range);
         self.bytes[start..end].copy_from_slice(data);
+        self.guest.insert(range.clone());
         self.known.insert(range);
+    }
+
+    fn is_guest(&self) -> bool {
+        !self.guest.is_empty()
     }
 
     fn tell_readers(&mut self) {

@@ -30,6 +30,11 @@ impl RangeSet {
         self.ranges.insert(start, end);
     }
 
+    /// Whether no byte is in the set.
+    pub fn is_empty(&self) -> bool {
+        self.ranges.is_empty()
+    }
+
     /// The ranges, in order.
     pub fn iter(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         self.ranges.iter().map(|(&start, &end)| start..end)

@@ -44,17 +44,21 @@ pub(crate) async fn of(
                 extents.push(StatusExtent { len: extent.len, zero: true, hole: true, depth: 0 });
             }
             (Mapping::Absent, Some(backing)) => {
-                let backing_end = backing.size().await?.clamp(at, at + extent.len);
+                // A backing that cannot be opened now fails the read, which tells why; its state is that it may hold data.
+                let unknown = [StatusExtent { len: extent.len, zero: false, hole: false, depth: 1 }];
+                let backing_end = match backing.size().await {
+                    Ok(end) => end.clamp(at, at + extent.len),
+                    Err(_) => at + extent.len,
+                };
                 if at == backing_end {
                     extents.push(StatusExtent { len: extent.len, zero: true, hole: true, depth: 0 });
                 } else {
-                    let mut told = 0;
-                    for below in backing.status(at, backing_end - at, count_max).await? {
+                    let below = backing.status(at, backing_end - at, count_max).await;
+                    for below in below.as_deref().unwrap_or(&unknown) {
                         let depth = if below.depth == 0 { 0 } else { below.depth + 1 };
-                        told += below.len;
-                        extents.push(StatusExtent { depth, ..below });
+                        at += below.len;
+                        extents.push(StatusExtent { depth, ..*below });
                     }
-                    at += told;
                     continue;
                 }
             }

@@ -18,6 +18,19 @@ pub fn driver(name: &str) -> Option<&'static dyn Driver> {
     drivers().iter().copied().find(|driver| driver.name() == name)
 }
 
+/// The name of a format that has no driver here but is known by its first bytes, so that nobody takes it for raw.
+pub fn unsupported_format(head: &[u8]) -> Option<&'static str> {
+    let known: [(&[u8], &'static str); 6] = [
+        (b"QFI\xfb", "qcow2"),
+        (b"KDMV", "vmdk"),
+        (b"# Disk DescriptorFile", "vmdk"),
+        (b"vhdxfile", "vhdx"),
+        (b"conectix", "vpc"),
+        (b"LUKS\xba\xbe", "luks"),
+    ];
+    known.iter().find(|(magic, _)| head.starts_with(magic)).map(|&(_, name)| name)
+}
+
 /// One `-o` option that a format takes at create: name, and qemu-img's help text for it.
 #[derive(Debug, Clone, Copy)]
 pub struct OptionSpec {

@@ -50,7 +50,6 @@ impl FileOrigin {
             }
             if expected.validator != version.validator {
                 let (expected, found) = (expected.validator.to_string(), version.validator.to_string());
-                tracing::warn!(file = %name, %expected, %found, "the backing file may have changed since it was pinned");
                 notes.push(OriginNote::MayHaveChanged { expected, found });
             }
         }

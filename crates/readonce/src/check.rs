@@ -2,6 +2,7 @@
 
 use std::{process::ExitCode, sync::Arc};
 
+use readonce_disk::chain::driver_of;
 use readonce_format::{
     Driver, FormatError,
     driver::{CheckReport, Repair},
@@ -104,9 +105,8 @@ async fn examine(image: &str, args: &Args) -> Result<Checked, Failure> {
                 .map_err(|error| look::cannot_open(image, error))? as Arc<dyn ReadAt>
         }
     };
-    let driver = look::driver_of(&*file, args.format.as_deref())
-        .await
-        .map_err(|error| look::cannot_open(image, error))?;
+    let driver =
+        driver_of(&*file, args.format.as_deref()).await.map_err(|error| look::cannot_open(image, error))?;
     let report = driver.check(&file).await.map_err(|error| refused(image, error))?;
     Ok(Checked { filename: locator.printable(), format: driver.name(), report })
 }

@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
-use readonce_disk::chain::{ChainOptions, Layer, Locks, OpenError, TopOnly, open_layers};
+use readonce_disk::chain::{ChainOptions, Layer, Locks, OpenError, TopOnly, driver_of, open_layers};
 use readonce_format::{Driver, driver::Description};
 use readonce_origin::Locator;
 use readonce_storage::{
@@ -183,17 +183,4 @@ pub fn locked(file: &LocalFile, access: Access) -> Result<Option<ImageLock>, Loc
 /// `Could not open 'IMAGE': ...`, the words not said twice.
 pub fn cannot_open(image: &str, cause: impl ToString) -> Failure {
     told(OpenError::new(image, cause))
-}
-
-/// The driver named, or the one that knows the file's first bytes; raw where none does.
-pub async fn driver_of(file: &dyn ReadAt, format: Option<&str>) -> Result<&'static dyn Driver, String> {
-    use readonce_format::driver::{driver, drivers};
-    const PROBE_BYTES: u64 = 512;
-    if let Some(name) = format {
-        return driver(name).ok_or_else(|| format!("Unknown driver '{name}'"));
-    }
-    let len = usize::try_from(file.len().min(PROBE_BYTES)).expect("it is small");
-    let head = file.read(0, len).await.map_err(|error| error.to_string())?;
-    let found = drivers().iter().copied().find(|driver| driver.probe(&head));
-    found.or_else(|| driver("raw")).ok_or_else(|| "its format is not known".to_owned())
 }

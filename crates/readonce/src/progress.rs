@@ -7,12 +7,12 @@ use std::{
 };
 
 use indicatif::{ProgressBar, ProgressStyle};
-use readonce_disk::chain::Chain;
+use readonce_disk::chain::{Chain, driver_of};
 use readonce_format::Mapping;
 use readonce_storage::{LocalFile, ReadAt, local::OpenMode};
 use tokio::task::JoinHandle;
 
-use crate::{human, look, report};
+use crate::{human, report};
 
 /// How often the line is drawn anew.
 const TICK: Duration = Duration::from_millis(200);
@@ -108,7 +108,7 @@ pub async fn summary(image: Option<&Path>, fetched: Fetched, time: Duration) -> 
 /// Clusters that an image holds, and those that its size spans.
 async fn clusters(image: &Path) -> Option<(u64, u64)> {
     let file: Arc<dyn ReadAt> = Arc::new(LocalFile::open(image, OpenMode::Read).ok()?);
-    let driver = look::driver_of(&*file, None).await.ok()?;
+    let driver = driver_of(&*file, None).await.ok()?;
     let cluster_size = driver.describe(&file).await.ok()?.cluster_size?;
     let mapper = driver.open(file).await.ok()?;
     let size = mapper.geometry().size;

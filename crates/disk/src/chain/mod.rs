@@ -195,7 +195,10 @@ impl Shared {
 }
 
 /// The driver for a file: by name, or told from its first bytes (`raw` where no format knows them).
-async fn driver_of(file: &dyn ReadAt, format: Option<&str>) -> Result<&'static dyn Driver, String> {
+///
+/// # Errors
+/// In words: no driver of that name, a format without a driver, or the bytes cannot be read.
+pub async fn driver_of(file: &dyn ReadAt, format: Option<&str>) -> Result<&'static dyn Driver, String> {
     let by_name =
         |name: &str| readonce_format::driver::driver(name).ok_or_else(|| format!("Unknown driver '{name}'"));
     if let Some(name) = format {
@@ -205,6 +208,11 @@ async fn driver_of(file: &dyn ReadAt, format: Option<&str>) -> Result<&'static d
     let head = file.read(0, len as usize).await.map_err(|error| error.to_string())?;
     match drivers().iter().find(|driver| driver.probe(&head)) {
         Some(driver) => Ok(*driver),
-        None => by_name("raw"),
+        None => match readonce_format::driver::unsupported_format(&head) {
+            Some(format) => {
+                Err(format!("{format} images are not supported; -f raw takes its bytes as they are"))
+            }
+            None => by_name("raw"),
+        },
     }
 }

@@ -63,7 +63,8 @@ impl Opening {
     async fn open(&self) -> Result<Top, OpenError> {
         let Locator::File(path) = &self.locator else {
             if !self.options().read_only {
-                self.shared.warn("what is not local is read-only");
+                self.shared
+                    .warn(format!("{} is not local: it is served read-only", self.locator.printable()));
             }
             return self.open_base().await;
         };

@@ -129,6 +129,7 @@ fn a_full_disk_keeps_guest_bytes_for_the_next_flush() {
     let (_, store) = table.begin_guest(0, (), 0, b"abcdefgh", 8);
     let store = store.expect("complete");
     table.stored(0, Stored::Kept(LayerError::NoSpace("full".into()), store.room));
+    assert_eq!(table.guest_ranges(), vec![0..8]);
     let work = table.begin_flush();
     assert_eq!(&work.stores[0].bytes[..], b"abcdefgh");
     assert_eq!(table.guest_ranges(), vec![0..8]);

@@ -11,7 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use readonce_disk::chain::{ChainOptions, CopyOnRead};
+use readonce_disk::chain::{ChainOptions, CopyOnRead, driver_of};
 use readonce_format::driver::{BackingRef, CreateSpec, Pin, driver};
 use readonce_origin::{Locator, Origin};
 use readonce_storage::{LocalFile, ReadAt, Storage, local::OpenMode};
@@ -109,17 +109,8 @@ async fn make(
 ) -> Result<(), Failure> {
     let name = place.printable();
     let file: Arc<dyn ReadAt> = origin.clone();
-    let below = look::driver_of(&*file, format).await.map_err(|cause| look::cannot_open(&name, cause))?;
+    let below = driver_of(&*file, format).await.map_err(|cause| look::cannot_open(&name, cause))?;
     let description = below.describe(&file).await.map_err(|error| look::cannot_open(&name, error))?;
-    if format.is_none() && below.name() == "raw" {
-        let head = file.read(0, usize::try_from(file.len().min(4)).expect("it is small")).await;
-        if head.is_ok_and(|head| head.starts_with(b"QFI\xfb")) {
-            return Err(look::cannot_open(
-                &name,
-                "it is a qcow2 image, which is not read yet; -f raw serves it as it stands",
-            ));
-        }
-    }
     let may_be_filled = matches!(place, Locator::File(_)) && below.name() != "raw";
     let spec = CreateSpec {
         size: description.virtual_size.next_multiple_of(512),
@@ -148,7 +139,7 @@ async fn check_backing(image: &Path, place: &Locator) -> Result<(), Failure> {
     let name = image.display().to_string();
     let file: Arc<dyn ReadAt> =
         Arc::new(LocalFile::open(image, OpenMode::Read).map_err(|error| look::cannot_open(&name, error))?);
-    let found = look::driver_of(&*file, None).await.map_err(|cause| look::cannot_open(&name, cause))?;
+    let found = driver_of(&*file, None).await.map_err(|cause| look::cannot_open(&name, cause))?;
     let description = found.describe(&file).await.map_err(|error| look::cannot_open(&name, error))?;
     let backing = description.backing.map(|backing| backing.name);
     let parent = Locator::File(std::path::absolute(image).unwrap_or_else(|_| image.to_owned()));
