@@ -92,8 +92,12 @@ pub struct UseArgs {
     /// What to do when the backing is not the version that the image began with
     #[arg(long, value_name = "refuse|offline|repin", default_value = "refuse", value_parser = on_change)]
     pub on_change: OnChange,
-    /// In place of the arguments above and IMAGE: file=NAME[,format=FMT][,cor=on|off][,readonly=on|off][,if=...]
-    #[arg(long, value_name = "OPTIONS")]
+    /// `--drive`, as the review of 2011 proposed it.
+    #[arg(
+        help = "In place of the arguments above and IMAGE: file=NAME[,format=FMT][,cor=on|off][,readonly=on|off][,if=...]",
+        long,
+        value_name = "OPTIONS"
+    )]
     pub drive: Option<String>,
     #[command(flatten)]
     pub policy: PolicyArgs,
