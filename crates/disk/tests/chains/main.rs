@@ -1,0 +1,24 @@
+//! Whole chains on real files, over a real HTTP origin, with QEMU's tools as the oracle.
+//!
+//! - `place`: a folder of images, and a chain opened from it. `model`: what a disk must read as. `qemu`: the oracle.
+//! - `fills`: one operation, the image before and after it, and what the origin was asked. `shapes`: chains of every shape
+//!   against the model. `turns`: QEMU and readonce use one image in turn.
+//! - `versions`, `away`, `wrong`: the backing changes, cannot be reached, answers wrong. `policy`: what is not opened.
+//! - `locks`, `mounts`: other users of the image, and file systems that are full or read-only.
+//!
+//! Not here: `kill -9`, which needs a process to kill (the command's tests).
+
+#![allow(clippy::disallowed_methods, reason = "tests run on the real clock")]
+
+mod away;
+mod fills;
+mod locks;
+mod model;
+mod mounts;
+mod place;
+mod policy;
+mod qemu;
+mod shapes;
+mod turns;
+mod versions;
+mod wrong;
