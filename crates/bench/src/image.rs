@@ -44,22 +44,15 @@ pub fn qemu_overlay(
     Ok(path)
 }
 
-/// A QED image without backing, all of whose clusters were written once, in order.
+/// A QED image without backing, all of whose clusters were written once, in order, a cluster at a time as fills do it. It
+/// stays in the page cache.
 pub async fn full(bench: &Bench, name: &str, size: u64) -> anyhow::Result<PathBuf> {
     let path = create(bench, name, CreateSpec { size, ..CreateSpec::default() }).await?;
     let server = Launch::ours(bench, &path, &[]).start()?;
-    let request: u32 = 1 << 20;
-    server.load(
-        Workload {
-            op: Op::Write,
-            size: request,
-            depth: 4,
-            pattern: Pattern::Sequential,
-            span: size,
-            until: Until::Count(size / u64::from(request)),
-        },
-        0,
-    )?;
+    let size_of_one = u32::try_from(CLUSTER)?;
+    let until = Until::Count(size / CLUSTER);
+    let pattern = Pattern::Sequential;
+    server.load(Workload { op: Op::Write, size: size_of_one, depth: 4, pattern, span: size, until }, 0)?;
     server.stop()?;
     OpenOptions::new().write(true).open(&path)?.sync_all()?;
     Ok(path)

@@ -2,6 +2,7 @@
 //!
 //! - `rows`: the benchmarks, one file each. `figure`: what they find, as a table and as JSON.
 //! - `bench`: what they share: folder, tools, repetitions. `server`: a running NBD server, ours or a peer. `image`: images to serve.
+//! - `bare`: a server that does the least, for what the machine itself costs.
 //! - Machines are noisy: rows that measure speed run ours and the peer in turn (A B A B) and give medians.
 //! - A peer that is not installed is named in its row.
 //!
@@ -9,6 +10,7 @@
 
 #![allow(clippy::disallowed_methods, reason = "a benchmark is about real time and real processes")]
 
+mod bare;
 mod bench;
 mod figure;
 mod image;
@@ -42,10 +44,17 @@ pub struct Args {
     /// The `readonce` to measure; by default the one beside this program
     #[arg(long, value_name = "PROGRAM")]
     readonce: Option<PathBuf>,
+    /// Only be the bare server of this file on this socket
+    #[arg(long, hide = true, num_args = 2, value_names = ["FILE", "SOCKET"])]
+    bare: Option<Vec<PathBuf>>,
 }
 
 fn main() -> anyhow::Result<ExitCode> {
     let args = Args::parse();
+    if let Some([image, socket]) = args.bare.as_deref() {
+        bare::serve(image, socket)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     if args.rows.iter().any(|row| row == "list") {
         for row in ROWS {
             println!("{:10} {}", row.name, row.about);

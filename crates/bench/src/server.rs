@@ -61,6 +61,14 @@ impl Launch {
         Self { prints_uri: true, ..launch }
     }
 
+    /// The bare server of this program. It does not end when it is asked to: drop it.
+    pub fn bare(bench: &Bench, image: &Path) -> anyhow::Result<Self> {
+        let program = std::env::current_exe()?.display().to_string();
+        Ok(Self::new(bench, "bare", |socket| {
+            vec![program, "--bare".to_owned(), image.display().to_string(), socket.to_owned()]
+        }))
+    }
+
     /// `qemu-nbd`, with further `options`.
     pub fn qemu_nbd(bench: &Bench, image: &Path, format: &str, options: &[&str]) -> Self {
         Self::new(bench, "qemu-nbd", |socket| {

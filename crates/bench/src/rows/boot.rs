@@ -13,6 +13,7 @@ use readonce_testkit::{
 use serde::Deserialize;
 use tokio::sync::watch;
 
+use super::{SEND_TRIM, SEND_WRITE_ZEROES};
 use crate::{
     bench::{Bench, Tool},
     figure::{Figure, Target, Value, median},
@@ -59,9 +60,9 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     let mut found = vec![Vec::new(); names.len()];
     for _ in 0..bench.repeat {
         for (who, name) in names.iter().enumerate().filter(|(who, _)| missing[*who].is_none()) {
-            let run = replay_on(bench, &trace, who).await;
+            let run = replay_on(bench, &trace, who).await.map_err(|error| format!("{error:#}"));
             bench.say(&format!("{name}: {run:?}"));
-            found[who].push(run.map_err(|error| format!("{error:#}")));
+            found[who].push(run);
         }
     }
     let value = |who: usize, of: fn(&Run) -> f64| -> Value {
@@ -150,9 +151,15 @@ async fn replay(server: &Server, trace: &[Request], content: &Content) -> anyhow
 }
 
 async fn perform(client: &NbdClient, request: &Request) -> Result<(), NbdError> {
+    let can = |flag: u16| client.flags() & flag != 0;
     match request.op {
         Op::Read => client.read(request.offset, request.len as usize).await.map(drop),
         Op::Write => client.write(request.offset, &vec![0x5a; request.len as usize], 0).await,
+        // What a server does not offer a guest does in another way.
+        Op::Zero if !can(SEND_WRITE_ZEROES) => {
+            client.write(request.offset, &vec![0; request.len as usize], 0).await
+        }
+        Op::Trim if !can(SEND_TRIM) => Ok(()),
         Op::Zero => client.write_zeroes(request.offset, request.len, 0).await,
         Op::Trim => client.trim(request.offset, request.len, 0).await,
         Op::Flush => client.flush().await,

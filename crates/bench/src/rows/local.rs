@@ -1,9 +1,9 @@
 //! The hot path: a local QED image, all of it allocated and in the page cache, over NBD.
 //!
-//! - Both servers serve the same file, in turn, pinned to the same CPU; the client is on another, or on the same where the row says so.
-//! - QEMU is given its best options: each set is tried, and the fastest is taken for the comparison.
-
-use std::{fs::File, io, path::Path};
+//! - All servers run all the time, each with an equal image, pinned to the same CPU; the client is on another, or on the same
+//!   where the row says so. They take turns in short slices, so that what else the machine does meets all alike.
+//! - Where one core does all, a bare loop that does the least shows what the machine allows at all.
+//! - QEMU is given its best options: each set is measured, and the fastest is taken for the comparison.
 
 use readonce_testkit::nbd_client::lean::{Op, Pattern, Until, Workload};
 
@@ -11,10 +11,14 @@ use crate::{
     bench::{Bench, Tool},
     figure::{Figure, Target, Value, median},
     image,
-    server::Launch,
+    server::{Launch, Server},
 };
 
 const SIZE: u64 = 1 << 30;
+/// Requests above it are large: they are sequential and counted in bytes.
+const SMALL: u32 = 4096;
+/// Slices of each server in one turn.
+const SLICES: usize = 3;
 
 /// What `qemu-nbd` may be told; the best is taken for each load.
 const QEMU_OPTIONS: &[&[&str]] = &[&["--cache=writeback"], &["--cache=writeback", "--aio=io_uring"]];
@@ -74,69 +78,71 @@ const LOADS: &[Load] = &[
 /// Runs the row.
 pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     anyhow::ensure!(bench.missing(&[Tool::Taskset]).is_none(), "taskset is missing (package util-linux)");
-    let image = image::full(bench, "local.qed", SIZE).await?;
     let missing = bench.missing(&[Tool::QemuNbd]);
+    let image = image::full(bench, "local.qed", SIZE).await?;
+    let mut all = vec![Launch::ours(bench, &image, &["-f", "qed"]).pinned(0).start()?];
+    if missing.is_none() {
+        for (at, options) in QEMU_OPTIONS.iter().enumerate() {
+            let image = image::full(bench, &format!("local-peer{at}.qed"), SIZE).await?;
+            all.push(Launch::qemu_nbd(bench, &image, "qed", options).pinned(0).start()?);
+        }
+    }
+    // It only reads, and every byte of the image's file is as good as another.
+    let bare = Launch::bare(bench, &image)?.pinned(0).start()?;
     let mut figures = Vec::new();
     for load in LOADS {
-        bench.say(load.what);
-        let mut ours = Vec::new();
-        let mut qemu = vec![Vec::new(); QEMU_OPTIONS.len()];
-        for _ in 0..bench.repeat {
-            ours.push(measure(bench, load, &image, Launch::ours(bench, &image, &["-f", "qed"]))?);
-            if missing.is_none() {
-                for (options, found) in QEMU_OPTIONS.iter().zip(&mut qemu) {
-                    let launch = Launch::qemu_nbd(bench, &image, "qed", options);
-                    found.push(measure(bench, load, &image, launch)?);
-                }
+        let mut bare_found = Vec::new();
+        let mut found = vec![Vec::new(); all.len()];
+        for server in &all {
+            measure(bench, load, server)?;
+        }
+        for _ in 0..bench.repeat * SLICES {
+            for (server, found) in all.iter().zip(&mut found) {
+                found.push(measure(bench, load, server)?);
+            }
+            if load.one_core {
+                bare_found.push(measure(bench, load, &bare)?);
             }
         }
+        let medians: Vec<f64> = found.iter().map(|found| median(found)).collect();
+        bench.say(&format!("{}: {medians:.0?} requests a second", load.what));
+        let is_large = load.size > SMALL;
+        let scale = if is_large { f64::from(load.size) / f64::from(1 << 20) } else { 1.0 };
         let peer = match &missing {
             Some(missing) => Value::Words(missing.clone()),
-            None => Value::Number(qemu.iter().map(|found| median(found)).fold(0.0, f64::max)),
+            None => Value::Number((medians[1..].iter().copied().fold(0.0, f64::max) * scale).round()),
         };
-        let (unit, scale) =
-            if load.size > 4096 { ("MiB/s", f64::from(load.size) / f64::from(1 << 20)) } else { ("/s", 1.0) };
-        let scaled = |value: Value| match value {
-            Value::Number(number) => Value::Number((number * scale).round()),
-            words => words,
-        };
+        let mut peers = vec![("qemu-nbd", peer)];
+        if load.one_core {
+            peers.push(("a bare loop: receive, read, send", Value::Number(median(&bare_found).round())));
+        }
         figures.push(Figure {
             row: "local",
             what: load.what.to_owned(),
-            unit,
-            ours: scaled(Value::Number(median(&ours))),
-            peers: vec![("qemu-nbd", scaled(peer))],
+            unit: if is_large { "MiB/s" } else { "/s" },
+            ours: Value::Number((medians[0] * scale).round()),
+            peers,
             target: Target::Times(load.times),
             note: String::new(),
         });
     }
-    std::fs::remove_file(&image)?;
+    for server in all {
+        server.stop()?;
+    }
     Ok(figures)
 }
 
 /// Requests per second.
-fn measure(bench: &Bench, load: &Load, image: &Path, launch: Launch) -> anyhow::Result<f64> {
+fn measure(bench: &Bench, load: &Load, server: &Server) -> anyhow::Result<f64> {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let client_cpu = if load.one_core || cpus == 1 { 0 } else { 1 };
-    warm(image)?;
-    let server = launch.pinned(0).start()?;
-    let workload = |until| Workload {
+    let workload = Workload {
         op: load.op,
         size: load.size,
         depth: load.depth,
-        pattern: if load.size > 4096 { Pattern::Sequential } else { Pattern::Random },
+        pattern: if load.size > SMALL { Pattern::Sequential } else { Pattern::Random },
         span: SIZE,
-        until,
+        until: Until::Time(bench.span() / 6),
     };
-    server.load(workload(Until::Time(bench.span() / 6)), client_cpu)?;
-    let figures = server.load(workload(Until::Time(bench.span())), client_cpu)?;
-    server.stop()?;
-    // What one wrote must not be written back while the other is measured.
-    File::open(image)?.sync_all()?;
-    Ok(figures.ops_per_second())
-}
-
-/// Brings the file into the page cache.
-fn warm(image: &Path) -> io::Result<()> {
-    io::copy(&mut File::open(image)?, &mut io::sink()).map(drop)
+    Ok(server.load(workload, client_cpu)?.ops_per_second())
 }

@@ -21,6 +21,10 @@ pub fn allow_head(origin: &FaultyOrigin) {
     origin.fault(When::always(), Fault::AllowHead);
 }
 
+/// Transmission flags of the protocol.
+const SEND_TRIM: u16 = 1 << 5;
+const SEND_WRITE_ZEROES: u16 = 1 << 6;
+
 type Found<'a> = Pin<Box<dyn Future<Output = anyhow::Result<Vec<Figure>>> + 'a>>;
 
 /// One benchmark.

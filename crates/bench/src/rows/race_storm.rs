@@ -14,15 +14,13 @@ use rand::{Rng, SeedableRng, rngs::SmallRng};
 use readonce_testkit::nbd_client::{NbdClient, NbdError};
 
 use super::race_model::{Model, SECTOR, backing_stamp, stamped};
+use super::{SEND_TRIM, SEND_WRITE_ZEROES};
 use crate::image::CLUSTER;
 
 const CONNECTIONS: usize = 4;
 const WORKERS: usize = 16;
 /// Clusters that the workers are in at a time.
 const WINDOW: u64 = 24;
-/// Transmission flags of the protocol.
-const SEND_TRIM: u16 = 1 << 5;
-const SEND_WRITE_ZEROES: u16 = 1 << 6;
 const CLUSTER_SECTORS: u64 = CLUSTER / SECTOR;
 
 /// A disk under a storm.

@@ -21,6 +21,7 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     let strace = bench.missing(&[Tool::Strace]);
     let origin = FaultyOrigin::start(OriginSpec::new(Content::seeded(4, SIZE))).await?;
     super::allow_head(&origin);
+    let mut slowest: f64 = 0.0;
     let ours = match &strace {
         Some(missing) => Value::Words(missing.clone()),
         None => {
@@ -28,7 +29,7 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
             // The first open pins the image and syncs for it: once in its life, and not for a fill.
             Launch::ours(bench, &image, &["--copy-on-read=on"]).start()?.stop()?;
             let launch = Launch::ours(bench, &image, &["--copy-on-read=on"]).counting_syncs(bench);
-            Value::Number(fill(launch.start()?).await? as f64)
+            Value::Number(fill(launch.start()?, &mut slowest).await? as f64)
         }
     };
     let missing = strace.or(bench.missing(&[Tool::QemuImg, Tool::QemuStorageDaemon, Tool::QemuCurl]));
@@ -40,7 +41,7 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
                 let image =
                     image::qemu_overlay(bench, &format!("syncs-peer.{format}"), format, &origin.url(), SIZE)?;
                 let launch = Launch::qemu_copy_on_read(bench, &image, format, &origin.url());
-                Value::Number(fill(launch.counting_syncs(bench).start()?).await? as f64)
+                Value::Number(fill(launch.counting_syncs(bench).start()?, &mut slowest).await? as f64)
             }
         };
         peers.push((name, value));
@@ -52,19 +53,18 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
         ours,
         peers,
         target: Target::AtMost(4.0),
-        note: String::new(),
+        // Groups close by the clock: a machine that is too busy gives ours more of them.
+        note: if slowest < 1.0 { String::new() } else { format!("the fills took {slowest:.1} s") },
     }])
 }
 
-async fn fill(server: Server) -> anyhow::Result<u64> {
+async fn fill(server: Server, slowest: &mut f64) -> anyhow::Result<u64> {
     let client = server.connect().await?;
     let start = Instant::now();
     for fill in 0..FILLS {
         client.read(fill * STRIDE * CLUSTER, 4096).await?;
     }
-    let elapsed = start.elapsed().as_secs_f64();
+    *slowest = slowest.max(start.elapsed().as_secs_f64());
     client.disconnect().await?;
-    let count = server.stop_and_count()?;
-    anyhow::ensure!(elapsed < 1.0, "the reads took {elapsed:.1} s, not under a second");
-    Ok(count)
+    server.stop_and_count()
 }
