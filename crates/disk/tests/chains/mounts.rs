@@ -41,10 +41,20 @@ fn in_namespace(name: &str) -> bool {
     false
 }
 
-fn mount(args: &[&str], at: &Path) {
+/// A mount; dropped, it is gone, so that the folder under it can be removed.
+struct Mount<'a>(&'a Path);
+
+impl Drop for Mount<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(self.0).status();
+    }
+}
+
+fn mount<'a>(args: &[&str], at: &'a Path) -> Mount<'a> {
     let output = Command::new("mount").args(args).arg(at).output();
     let output = output.expect("mount runs (Debian: apt install mount)");
     assert!(output.status.success(), "mount {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Mount(at)
 }
 
 /// Takes all the room that is left at `path`.
@@ -64,7 +74,7 @@ async fn a_full_disk_hurts_no_read_and_only_the_write_that_meets_it() {
     let content = content(1, SIZE);
     let origin = serve(&content).await;
     let place = Place::new();
-    mount(&["-t", "tmpfs", "-o", "size=1m", "tmpfs"], place.folder());
+    let _mounted = mount(&["-t", "tmpfs", "-o", "size=1m", "tmpfs"], place.folder());
     place.create("top.qed", filled_from(&origin.url(), "raw", SIZE)).await;
     let opened = place.open("top.qed", options()).await;
     let mut guest = content.bytes(0..SIZE).to_vec();
@@ -116,7 +126,7 @@ async fn an_image_that_cannot_be_written_passes_reads_through() {
     opened.read(clusters(1..3)).await;
     opened.close().await;
     let folder = place.folder().to_str().expect("text");
-    mount(&["--bind", "-o", "ro", folder], place.folder());
+    let _mounted = mount(&["--bind", "-o", "ro", folder], place.folder());
     let before = place.bytes_of("top.qed");
 
     let error = place.try_open("top.qed", options()).await.map(|_| ()).expect_err("the guest would write");
