@@ -8,6 +8,9 @@ use readonce_storage::BoxFuture;
 
 use crate::{BlockDevice, DeviceError, StatusExtent, ZeroMode, image::Image, source::Source};
 
+/// Bytes that a cache request, which may name the whole disk, works on at a time: what a step reads is held until it ends.
+const CACHE_STEP_BYTES: u64 = 8 << 20;
+
 /// The top of a chain.
 #[derive(Clone)]
 pub enum Top {
@@ -113,7 +116,13 @@ impl BlockDevice for Disk {
             if let Top::Image(image) = &self.top
                 && image.copy_on_read()
             {
-                image.read_pieces(offset..offset + len, Class::Demand, &mut |_, _| {}).await?;
+                let end = offset + len;
+                let mut at = offset;
+                while at < end {
+                    let next = end.min(at + CACHE_STEP_BYTES);
+                    image.read_pieces(at..next, Class::Demand, &mut |_, _| {}).await?;
+                    at = next;
+                }
             }
             Ok(())
         })

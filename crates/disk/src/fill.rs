@@ -64,7 +64,7 @@ impl Image {
     /// Stores a unit with guest bytes, in the room that was taken before the guest's write completed.
     async fn store_guest(self: &Arc<Self>, room: Reservation, bytes: Bytes) -> Stored<Reservation> {
         let at = room.at.expect("guest bytes have room for data");
-        let written = match self.check_latch() {
+        let written = match self.check_open() {
             Ok(()) => self.write_file(at, bytes).await,
             Err(error) => Err(error),
         };
@@ -89,7 +89,7 @@ impl Image {
     }
 
     async fn try_fill(self: &Arc<Self>, unit: u64, bytes: Bytes) -> Result<(), LayerError> {
-        self.check_latch()?;
+        self.check_open()?;
         let room = if is_zero(&bytes) { Room::Zero } else { Room::Data };
         let reservation =
             self.mapper.prepare(unit * self.unit, self.unit, room).await.map_err(|e| self.failed(e))?;

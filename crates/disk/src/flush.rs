@@ -46,24 +46,24 @@ pub(crate) struct Rounds {
 impl Image {
     /// Makes every write that completed before the call durable.
     pub async fn flush(&self) -> Result<(), LayerError> {
+        self.check_latch()?;
+        // Before the round: this may wait for the origin, and groups, a close and other flushes do not wait for that.
+        let completed = self.complete_guest_units().await;
         let ticket = self.rounds.asked.fetch_add(1, Ordering::AcqRel) + 1;
         let _round = self.rounds.running.lock().await;
-        if self.rounds.served.load(Ordering::Acquire) >= ticket {
-            return Ok(());
+        if self.rounds.served.load(Ordering::Acquire) < ticket {
+            let serves = self.rounds.asked.load(Ordering::Acquire);
+            self.flush_round().await?;
+            self.rounds.served.store(serves, Ordering::Release);
         }
-        let serves = self.rounds.asked.load(Ordering::Acquire);
-        self.flush_round().await?;
-        self.rounds.served.store(serves, Ordering::Release);
-        Ok(())
+        // What is complete is durable even where something else could not be had.
+        completed
     }
 
     async fn flush_round(&self) -> Result<(), LayerError> {
         self.check_latch()?;
-        let completed = self.complete_guest_units().await;
-        // What is complete becomes durable even where something else could not be had.
         self.mapper.flush(Durability::Durable).await.map_err(|error| self.failed(error))?;
-        self.check_latch()?;
-        completed
+        self.check_latch()
     }
 
     /// Brings every unit that was written in part into the image.
@@ -112,8 +112,11 @@ impl Image {
         self.close_group().await;
         self.rt.sleep(Duration::from_millis(SETTLE_MS)).await;
         let idle = self.rounds.commits.load(Ordering::Acquire) == commits;
-        if idle && self.check_latch().is_ok() && !self.rounds.closing.load(Ordering::Acquire) {
+        if idle {
             let _round = self.rounds.running.lock().await;
+            if self.check_open().is_err() {
+                return;
+            }
             if let Err(error) = self.mapper.settle().await {
                 tracing::warn!("the dirty mark stays: {}", self.failed(error));
             }
@@ -121,13 +124,30 @@ impl Image {
     }
 
     async fn close_group(&self) {
-        if self.check_latch().is_err() || self.rounds.closing.load(Ordering::Acquire) {
+        let _round = self.rounds.running.lock().await;
+        if self.check_open().is_err() {
             return;
         }
-        let _round = self.rounds.running.lock().await;
         self.rounds.group_full.store(false, Ordering::Release);
         if let Err(error) = self.mapper.flush(Durability::Linked).await {
             tracing::warn!("fills not linked: {}", self.failed(error));
+        }
+    }
+
+    async fn wait_local(&self) {
+        loop {
+            let told = self.table().wait_local();
+            let Some(told) = told else { break };
+            let _ = told.await;
+        }
+    }
+
+    /// Whether units may still be claimed and stored.
+    pub(crate) fn check_open(&self) -> Result<(), LayerError> {
+        self.check_latch()?;
+        match self.rounds.closing.load(Ordering::Acquire) {
+            true => Err(LayerError::NoBacking("the image is closed".into())),
+            false => Ok(()),
         }
     }
 
@@ -149,12 +169,10 @@ impl Image {
         let gone = LayerError::NoBacking("the image is being closed".into());
         self.table().abandon_fetches(&gone);
         let completed = timeout(&self.rt, wait_max, self.complete_guest_units()).await;
+        self.wait_local().await;
+        // From here on nobody claims a unit; who did before is waited for.
         self.rounds.closing.store(true, Ordering::Release);
-        loop {
-            let told = self.table().wait_local();
-            let Some(told) = told else { break };
-            let _ = told.await;
-        }
+        self.wait_local().await;
         let unsaved = self.table().guest_ranges();
         let _round = self.rounds.running.lock().await;
         self.check_latch()?;

@@ -109,7 +109,7 @@ impl Image {
 
     /// Whether a read of an absent unit fills it.
     pub fn copy_on_read(&self) -> bool {
-        self.copy_on_read.load(Ordering::Relaxed) && self.latched.get().is_none()
+        self.copy_on_read.load(Ordering::Relaxed) && self.check_open().is_ok()
     }
 
     pub(crate) fn shared(&self) -> Arc<Self> {
@@ -144,12 +144,17 @@ impl Image {
         Ok(*self.backing_end.get_or_init(|| end))
     }
 
-    /// The same from memory; unknown, all of it may be needed.
-    pub(crate) fn backing_end_now(&self) -> u64 {
+    /// The same from memory, if it is known.
+    pub(crate) fn backing_end_known(&self) -> Option<u64> {
         match &self.backing {
-            None => 0,
-            Some(_) => self.backing_end.get().copied().unwrap_or(u64::MAX),
+            None => Some(0),
+            Some(_) => self.backing_end.get().copied(),
         }
+    }
+
+    /// The same; unknown, all of it may be needed.
+    pub(crate) fn backing_end_now(&self) -> u64 {
+        self.backing_end_known().unwrap_or(u64::MAX)
     }
 
     pub(crate) async fn lookup(&self, offset: u64, len_max: u64) -> Result<Extent, LayerError> {
@@ -265,10 +270,7 @@ impl Source for Image {
         count_max: usize,
     ) -> BoxFuture<'_, Result<Vec<crate::StatusExtent>, LayerError>> {
         Box::pin(async move {
-            let hidden = |at: u64| {
-                let unit = at / self.unit;
-                self.table().holds_guest_bytes(unit).then(|| (unit + 1) * self.unit)
-            };
+            let hidden = |range: Range<u64>| self.table().guest_unit_in(range);
             crate::status::of(&*self.mapper, self.backing.as_deref(), Some(&hidden), offset, len, count_max)
                 .await
         })

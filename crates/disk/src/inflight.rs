@@ -214,9 +214,11 @@ impl<R> InFlight<R> {
         self.entries.contains_key(&unit)
     }
 
-    /// Whether the unit holds guest bytes that the map does not show yet.
-    pub fn holds_guest_bytes(&self, unit: u64) -> bool {
-        self.entries.get(&unit).is_some_and(Entry::is_guest)
+    /// The first unit that touches the guest range and holds guest bytes that the map does not show yet.
+    pub fn guest_unit_in(&self, range: Range<u64>) -> Option<Range<u64>> {
+        let units = range.start / self.unit_bytes..range.end.div_ceil(self.unit_bytes);
+        let (&unit, _) = self.entries.range(units).find(|(_, entry)| entry.is_guest())?;
+        Some(unit * self.unit_bytes..(unit + 1) * self.unit_bytes)
     }
 
     /// Guest ranges that the guest wrote and the map does not show yet: what a shutdown could not save.
@@ -371,6 +373,10 @@ impl<R> InFlight<R> {
                     entry.counted = Some(Budget::Guest);
                     self.fetch_bytes -= unit_bytes;
                     self.guest_bytes += unit_bytes;
+                    // Readers may wait for what was counted as a fetch.
+                    for waiter in self.room_waiters.drain(..) {
+                        let _ = waiter.send(Ok(()));
+                    }
                 }
                 entry.overwrite(from, data);
                 entry.tell_readers();
@@ -457,21 +463,29 @@ impl<R> InFlight<R> {
 
     /// What a flush must wait for: every unit with guest bytes. What had failed is started again.
     pub fn begin_flush(&mut self) -> FlushWork<R> {
-        let mut work = FlushWork { waits: Vec::new(), fetches: Vec::new(), stores: Vec::new() };
-        for (&unit, entry) in self.entries.iter_mut().filter(|(_, entry)| entry.is_guest()) {
+        let mut waits = Vec::new();
+        for entry in self.entries.values_mut().filter(|entry| entry.is_guest()) {
             let (tell, told) = oneshot::channel();
             entry.flush_waiters.push(tell);
-            work.waits.push(told);
-            if matches!(entry.state, State::Held) {
-                if let Some(store) = entry.store_if_complete(unit, self.unit_bytes) {
-                    work.stores.push(store);
-                } else {
-                    work.fetches.push(entry.refetch(FetchId(self.fetch_next), unit, self.unit_bytes));
-                    self.fetch_next += 1;
-                }
+            waits.push(told);
+        }
+        let (fetches, stores) = self.retry_held();
+        FlushWork { waits, fetches, stores }
+    }
+
+    /// What had failed, to be started again. Nobody is told when it ends.
+    pub fn retry_held(&mut self) -> (Vec<Fetch>, Vec<Store<R>>) {
+        let (mut fetches, mut stores) = (Vec::new(), Vec::new());
+        let held = self.entries.iter_mut().filter(|(_, entry)| matches!(entry.state, State::Held));
+        for (&unit, entry) in held {
+            if let Some(store) = entry.store_if_complete(unit, self.unit_bytes) {
+                stores.push(store);
+            } else {
+                fetches.push(entry.refetch(FetchId(self.fetch_next), unit, self.unit_bytes));
+                self.fetch_next += 1;
             }
         }
-        work
+        (fetches, stores)
     }
 
     fn insert(&mut self, unit: u64, entry: Entry<R>) {

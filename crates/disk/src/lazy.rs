@@ -3,11 +3,16 @@
 //! An origin that cannot be reached must not keep an image with local bytes from being used: each use tries again,
 //! until one opens it.
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use readonce_origin::{Class, Sink};
 use readonce_storage::BoxFuture;
-use tokio::sync::OnceCell;
 
 use crate::{LayerError, StatusExtent, source::Source};
 
@@ -17,18 +22,43 @@ pub type Opener = Box<dyn Fn() -> BoxFuture<'static, Result<Arc<dyn Source>, Lay
 /// A source that is opened at its first use.
 pub struct Lazy {
     open: Opener,
-    source: OnceCell<Arc<dyn Source>>,
+    source: OnceLock<Arc<dyn Source>>,
+    /// Attempts that failed.
+    failures: AtomicU64,
+    /// Held by the attempt under way: how the one before it failed.
+    failure: tokio::sync::Mutex<Option<LayerError>>,
 }
 
 impl Lazy {
     /// A source that `open` opens.
     pub fn new(open: Opener) -> Self {
-        Self { open, source: OnceCell::new() }
+        Self { open, source: OnceLock::new(), failures: AtomicU64::new(0), failure: Default::default() }
     }
 
     /// The source, opened now if it is not yet. Callers at the same time share one attempt.
     pub async fn source(&self) -> Result<&Arc<dyn Source>, LayerError> {
-        self.source.get_or_try_init(|| (self.open)()).await
+        if let Some(source) = self.source.get() {
+            return Ok(source);
+        }
+        let failures = self.failures.load(Ordering::Acquire);
+        let mut failure = self.failure.lock().await;
+        if let Some(source) = self.source.get() {
+            return Ok(source);
+        }
+        // It failed while this caller waited: another attempt each would make the last wait for all of them.
+        if self.failures.load(Ordering::Acquire) > failures
+            && let Some(error) = &*failure
+        {
+            return Err(error.clone());
+        }
+        match (self.open)().await {
+            Ok(source) => Ok(self.source.get_or_init(|| source)),
+            Err(error) => {
+                *failure = Some(error.clone());
+                self.failures.fetch_add(1, Ordering::AcqRel);
+                Err(error)
+            }
+        }
     }
 }
 

@@ -34,6 +34,14 @@ struct Plan {
     again: VecDeque<Range<u64>>,
 }
 
+/// Why a pass under the table's lock ended early.
+enum Stop {
+    /// The table is full: who to wait on.
+    Full(oneshot::Receiver<Result<(), LayerError>>),
+    /// Where the backing ends must be known first.
+    BackingEnd,
+}
+
 impl Image {
     /// Reads `len` bytes at `offset`.
     pub async fn read(&self, offset: u64, len: usize) -> Result<Bytes, LayerError> {
@@ -113,7 +121,8 @@ impl Image {
         Ok(())
     }
 
-    /// Plans a range that the map did not show as data a moment ago.
+    /// Plans a range that the map did not show as data a moment ago. Where the backing ends is asked only once it matters: what
+    /// is local can be read without it.
     async fn plan_absent(
         &self,
         range: Range<u64>,
@@ -121,34 +130,37 @@ impl Image {
         sink: Sink<'_>,
         plan: &mut Plan,
     ) -> Result<(), LayerError> {
-        let backing_end = self.backing_end().await?;
         let mut at = range.start;
         while at < range.end {
             let mut fetches = Vec::new();
-            let full = self.claim(&mut at, &range, backing_end, sink, plan, &mut fetches);
+            let stop = self.claim(&mut at, &range, self.backing_end_known(), sink, plan, &mut fetches);
             for fetch in fetches {
                 self.start_fetch(fetch, class);
             }
-            if let Some(room) = full {
-                // The table is full: what was claimed goes on by itself, the rest waits for room.
-                let _ = room.await;
-                plan.again.push_back(at..range.end);
-                return Ok(());
+            match stop {
+                None => {}
+                Some(Stop::BackingEnd) => drop(self.backing_end().await?),
+                Some(Stop::Full(room)) => {
+                    // The table is full: what was claimed goes on by itself, the rest waits for room.
+                    let _ = room.await;
+                    plan.again.push_back(at..range.end);
+                    return Ok(());
+                }
             }
         }
         Ok(())
     }
 
-    /// One pass under the table's lock over `at..range.end`; moves `at` on. Returns who to wait on when the table is full.
+    /// One pass under the table's lock over `at..range.end`; moves `at` on. Returns why it stopped early.
     fn claim(
         &self,
         at: &mut u64,
         range: &Range<u64>,
-        backing_end: u64,
+        backing_end: Option<u64>,
         sink: Sink<'_>,
         plan: &mut Plan,
         fetches: &mut Vec<Fetch>,
-    ) -> Option<oneshot::Receiver<Result<(), LayerError>>> {
+    ) -> Option<Stop> {
         let mut table = self.table();
         while *at < range.end {
             let unit = *at / self.unit;
@@ -160,10 +172,13 @@ impl Image {
                     fetches.extend(fetch);
                     plan.waits.push((part.clone(), told));
                 }
-                Read::Free => match self.mapping_now(unit) {
-                    Some(Mapping::Zero) => sink_zeros(part.clone(), sink),
-                    Some(Mapping::Absent) if part.start >= backing_end => sink_zeros(part.clone(), sink),
-                    Some(Mapping::Absent) if !self.copy_on_read() => {
+                Read::Free => match (self.mapping_now(unit), backing_end) {
+                    (Some(Mapping::Zero), _) => sink_zeros(part.clone(), sink),
+                    (Some(Mapping::Absent), None) => return Some(Stop::BackingEnd),
+                    (Some(Mapping::Absent), Some(backing_end)) if part.start >= backing_end => {
+                        sink_zeros(part.clone(), sink);
+                    }
+                    (Some(Mapping::Absent), Some(backing_end)) if !self.copy_on_read() => {
                         let end = part.end.min(backing_end);
                         match plan.through.last_mut() {
                             Some(last) if last.end == part.start => last.end = end,
@@ -171,9 +186,9 @@ impl Image {
                         }
                         sink_zeros(end..part.end, sink);
                     }
-                    Some(Mapping::Absent) => {
+                    (Some(Mapping::Absent), Some(backing_end)) => {
                         if let Err(room) = table.admit(Budget::Fetch) {
-                            return Some(room);
+                            return Some(Stop::Full(room));
                         }
                         self.extend_or_begin(&mut table, unit, backing_end, fetches);
                         let Read::Wait(told, None) = table.read(unit, inside) else {
@@ -182,7 +197,7 @@ impl Image {
                         plan.waits.push((part.clone(), told));
                     }
                     // Written meanwhile, or its table went out of memory.
-                    Some(Mapping::Data(_)) | None => plan.again.push_back(part.clone()),
+                    (Some(Mapping::Data(_)) | None, _) => plan.again.push_back(part.clone()),
                 },
             }
             *at = part.end;

@@ -1,11 +1,13 @@
 //! Which layer holds a range, and what reads as zeros: block status, down the chain.
 
+use std::ops::Range;
+
 use readonce_format::{Mapper, Mapping};
 
 use crate::{LayerError, StatusExtent, source::Source};
 
-/// Tells whether the fill unit at a guest offset holds bytes that its map does not show yet, and where the unit ends.
-pub(crate) type Hidden<'a> = &'a (dyn Fn(u64) -> Option<u64> + Sync);
+/// The first fill unit that touches a guest range and holds bytes that its map does not show yet.
+pub(crate) type Hidden<'a> = &'a (dyn Fn(Range<u64>) -> Option<Range<u64>> + Sync);
 
 /// The states of a range of a layer, its own depth counted as 1. Extents of one state are merged.
 pub(crate) async fn of(
@@ -17,20 +19,19 @@ pub(crate) async fn of(
     count_max: usize,
 ) -> Result<Vec<StatusExtent>, LayerError> {
     let end = offset + len;
-    let unit = mapper.geometry().fill_unit;
     let mut extents = Extents { list: Vec::new(), count_max };
     let mut at = offset;
     while at < end && !extents.is_full() {
         // First the table, then the map: what left the table before we asked is in the map when we look.
         let mut len_max = end - at;
-        if let Some(hidden) = hidden {
-            if let Some(unit_end) = hidden(at) {
-                let len = unit_end.min(end) - at;
+        if let Some(unit) = hidden.and_then(|hidden| hidden(at..end)) {
+            if unit.start <= at {
+                let len = unit.end.min(end) - at;
                 extents.push(StatusExtent { len, zero: false, hole: false, depth: 1 });
                 at += len;
                 continue;
             }
-            len_max = len_max.min(unit - at % unit);
+            len_max = unit.start - at;
         }
         let extent = mapper.lookup(at, len_max).await?;
         match (extent.mapping, backing) {

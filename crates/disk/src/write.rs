@@ -36,6 +36,8 @@ enum Step {
     WaitLocal(tokio::sync::oneshot::Receiver<()>),
     /// The table is full.
     WaitRoom(tokio::sync::oneshot::Receiver<Result<(), LayerError>>),
+    /// The image is closed, or writes are off.
+    Refused(LayerError),
 }
 
 impl Image {
@@ -70,6 +72,7 @@ impl Image {
             match step {
                 Step::Done(len) => return Ok(len),
                 Step::LookAgain => return Ok(0),
+                Step::Refused(error) => return Err(error),
                 Step::Prepare => {
                     let unit = at / self.unit;
                     let prepared = self.mapper.prepare(unit * self.unit, self.unit, Room::Data).await;
@@ -97,6 +100,10 @@ impl Image {
         let len = (self.unit - from).min(data.len() as u64);
         let piece = &data[..len as usize];
         let mut table = self.table();
+        // Under the lock: `close` looks for owners after it has closed the door.
+        if let Err(error) = self.check_open() {
+            return Step::Refused(error);
+        }
         match table.write(unit, from, piece) {
             Write::Absorbed(store) => {
                 drop(table);
@@ -107,25 +114,31 @@ impl Image {
             }
             Write::TakenOver => Step::Owned(unit..unit + 1),
             Write::Wait(told) => Step::WaitLocal(told),
-            Write::NeedsRoom => match room.take() {
-                None => Step::Prepare,
-                Some(prepared) => match table.attach(unit, prepared) {
-                    Ok(()) => {
-                        let Write::Absorbed(store) = table.write(unit, from, piece) else {
-                            panic!("a unit with room absorbs")
-                        };
-                        drop(table);
-                        if let Some(store) = store {
-                            self.start_store(store);
+            Write::NeedsRoom => {
+                // It counts as a fetch so far, and now becomes a unit with guest bytes.
+                if let Err(told) = table.admit(Budget::Guest) {
+                    return self.guest_bytes_full(table, told);
+                }
+                match room.take() {
+                    None => Step::Prepare,
+                    Some(prepared) => match table.attach(unit, prepared) {
+                        Ok(()) => {
+                            let Write::Absorbed(store) = table.write(unit, from, piece) else {
+                                panic!("a unit with room absorbs")
+                            };
+                            drop(table);
+                            if let Some(store) = store {
+                                self.start_store(store);
+                            }
+                            Step::Done(len)
                         }
-                        Step::Done(len)
-                    }
-                    Err(prepared) => {
-                        *room = Some(prepared);
-                        Step::LookAgain
-                    }
-                },
-            },
+                        Err(prepared) => {
+                            *room = Some(prepared);
+                            Step::LookAgain
+                        }
+                    },
+                }
+            }
             Write::Free => match self.mapping_now(unit) {
                 None | Some(Mapping::Data(_)) => Step::LookAgain,
                 // Whole units, or ones whose other bytes are zeros for certain: local I/O alone.
@@ -135,11 +148,7 @@ impl Image {
                 }
                 Some(_) => {
                     if let Err(told) = table.admit(Budget::Guest) {
-                        // Bytes that wait for a dead origin hold the room: try it again, so that somebody is told.
-                        let work = table.begin_flush();
-                        drop(table);
-                        self.start_flush_work(work.fetches, work.stores);
-                        return Step::WaitRoom(told);
+                        return self.guest_bytes_full(table, told);
                     }
                     let Some(prepared) = room.take() else { return Step::Prepare };
                     let (fetch, store) =
@@ -155,6 +164,18 @@ impl Image {
                 }
             },
         }
+    }
+
+    /// Bytes that wait for a dead origin hold the room: it is tried again, so that somebody is told.
+    fn guest_bytes_full(
+        &self,
+        mut table: crate::image::Table<'_>,
+        told: tokio::sync::oneshot::Receiver<Result<(), LayerError>>,
+    ) -> Step {
+        let (fetches, stores) = table.retry_held();
+        drop(table);
+        self.start_flush_work(fetches, stores);
+        Step::WaitRoom(told)
     }
 
     /// Claims `unit`, and what follows of `whole` units while it is free and not data.

@@ -10,12 +10,17 @@ use readonce_format::Mapping;
 
 use crate::{LayerError, ZeroMode, image::Image, inflight::Write, write::Owned};
 
+/// Bytes of zeros that are written to a part of a unit at a time.
+const PART_BYTES_MAX: u64 = 1 << 20;
+
 /// What to do with the first unit of a run to be zeroed.
 enum Claim {
     /// It reads as zeros.
     Done,
     /// The map changed.
     LookAgain,
+    /// The image is closed, or writes are off.
+    Refused(LayerError),
     /// Another owner does local I/O.
     WaitLocal(tokio::sync::oneshot::Receiver<()>),
     /// The caller owns these units now.
@@ -44,6 +49,8 @@ impl Image {
                     let part = if head > 0 { head.min(extent.len) } else { extent.len };
                     let ends_image = at + part == self.size();
                     if head > 0 || (part < self.unit && !ends_image) {
+                        // The rest of it is the next round's: a unit may be 64 MiB, and many requests do this at once.
+                        let part = part.min(PART_BYTES_MAX);
                         let zeros = Bytes::from(vec![0; part as usize]);
                         self.write(at, zeros).await?;
                         part
@@ -64,6 +71,7 @@ impl Image {
         match self.claim_zero(unit, count) {
             Claim::Done => Ok(self.unit),
             Claim::LookAgain => Ok(0),
+            Claim::Refused(error) => Err(error),
             Claim::WaitLocal(told) => {
                 let _ = told.await;
                 Ok(0)
@@ -74,6 +82,9 @@ impl Image {
 
     fn claim_zero(&self, unit: u64, count: u64) -> Claim {
         let mut table = self.table();
+        if let Err(error) = self.check_open() {
+            return Claim::Refused(error);
+        }
         if table.is_busy(unit) {
             let zeros = vec![0; self.unit as usize];
             return match table.write(unit, 0, &zeros) {

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use readonce_format::driver::{BackingRef, Description};
+use readonce_format::{
+    Driver,
+    driver::{BackingRef, Description, HeaderChange, Pin},
+};
 use readonce_origin::{Locator, Origin, OriginOptions, Version, open::Reach};
 use readonce_storage::{BoxFuture, ImageLock, LocalFile, ReadAt, Storage, local::OpenMode, lock::Access};
 
@@ -44,7 +47,14 @@ impl Step {
             let cause = format!("the backing chain has more than {CHAIN_DEPTH_MAX} images");
             return Err(OpenError::new(name, cause));
         }
-        let expect = description.pin.as_ref().and_then(version_of);
+        let expect = match &description.pin {
+            Some(pin) => Some(version_of(pin).ok_or_else(|| {
+                let cause =
+                    "its image pins a version of it that this readonce cannot read (rebase -u pins anew)";
+                OpenError::new(&name, cause)
+            })?),
+            None => None,
+        };
         Ok(Self { locator, format: backing.format.clone(), expect, above })
     }
 
@@ -61,7 +71,6 @@ impl Step {
         for note in origin.notes() {
             shared.warn(format!("{}: {note}", self.locator.printable()));
         }
-        shared.origins.lock().push(Arc::clone(&origin));
         Ok(origin)
     }
 
@@ -81,16 +90,18 @@ impl Step {
             }
             let name = self.locator.printable();
             let failed = |cause: String| OpenError::new(&name, cause);
+            // Kept only once all is open: what fails, or is dropped half-way, is tried again and must find nothing in its way.
             let lock = lock_for_reading(&self.locator, &shared.options)
                 .map_err(|error| failed(error.to_string()))?;
-            shared.locks.lock().extend(lock);
             let origin = self.origin(shared).await?;
             let file: Arc<dyn ReadAt> = origin.clone();
             let driver = driver_of(&*file, self.format.as_deref()).await.map_err(failed)?;
             let description = driver.describe(&file).await.map_err(|error| failed(error.to_string()))?;
             let mapper = driver.open(file).await.map_err(|error| failed(error.to_string()))?;
-            shared.opened(name.clone(), driver.name(), false);
             let backing = self.next(shared, &description)?;
+            shared.opened(name.clone(), driver.name(), false);
+            shared.locks.lock().extend(lock);
+            shared.origins.lock().push(Arc::clone(&origin));
             Ok(Arc::new(Base::new(mapper, origin, backing)) as Arc<dyn Source>)
         })
     }
@@ -111,25 +122,62 @@ impl Step {
         if !description.copy_on_read || description.backing.is_none() {
             return Ok(None);
         }
-        match ImageLock::take(&file, Access::Write) {
-            Ok(lock) => shared.locks.lock().push(lock),
+        let lock = match ImageLock::take(&file, Access::Write) {
+            Ok(lock) => lock,
             Err(error) => {
                 shared.warn(format!("{name} is not filled: {error}"));
                 return Ok(None);
             }
-        }
+        };
+        // Again: who had the lock before may have changed it since.
+        let mut description = driver.describe(&readable).await.map_err(|error| failed(error.to_string()))?;
         let storage: Arc<dyn Storage> = file;
+        self.pin_what_it_fills_from(shared, &storage, driver, &mut description).await?;
         let mapper = driver
             .open_writable(Arc::clone(&storage), Arc::clone(&shared.rt))
             .await
             .map_err(|error| failed(error.to_string()))?;
-        shared.opened(name.clone(), driver.name(), true);
         let backing = self.next(shared, &description)?;
+        shared.opened(name.clone(), driver.name(), true);
+        shared.locks.lock().push(lock);
         let options = ImageOptions { copy_on_read: true };
         let image = Image::new(mapper, storage, backing, Arc::clone(&shared.rt), options);
         image.start_reclaim();
         shared.images.lock().push(Arc::clone(&image));
         Ok(Some(image))
+    }
+
+    /// A fill from a version that nobody remembers would let two versions meet (I6).
+    async fn pin_what_it_fills_from(
+        &self,
+        shared: &Arc<Shared>,
+        storage: &Arc<dyn Storage>,
+        driver: &dyn Driver,
+        description: &mut Description,
+    ) -> Result<(), OpenError> {
+        let Some(backing) = description.backing.clone().filter(|_| description.pin.is_none()) else {
+            return Ok(());
+        };
+        let step = Step::down(shared, &self.locator, description, &backing, &self.above)?;
+        if !step.can_be_pinned() {
+            return Ok(());
+        }
+        let origin = step.origin(shared).await?;
+        let pin = Pin { validator: origin.validator(), len: origin.len() };
+        driver
+            .change(storage, &HeaderChange::Pin(pin.clone()))
+            .await
+            .map_err(|error| OpenError::new(self.locator.printable(), error))?;
+        description.pin = Some(pin);
+        Ok(())
+    }
+
+    /// Whether its version is to be kept in the image above it: a local image shows the same whatever its file becomes.
+    pub(super) fn can_be_pinned(&self) -> bool {
+        match &self.locator {
+            Locator::Http(_) => true,
+            Locator::File(_) => self.format.as_deref() == Some("raw"),
+        }
     }
 
     fn next(

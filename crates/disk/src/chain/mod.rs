@@ -171,7 +171,10 @@ impl Chain {
     /// The first failure; the others are reported as warnings.
     pub async fn close(&self, wait_max: Duration) -> Result<(), LayerError> {
         let mut first = Ok(());
-        for image in self.images() {
+        let mut closed_count = 0;
+        // What the top's last fetches open while it is closed is closed as well.
+        while let Some(image) = { self.shared.images.lock().get(closed_count).cloned() } {
+            closed_count += 1;
             let closed = image.close(wait_max).await;
             match (&first, closed) {
                 (Ok(()), closed) => first = closed,

@@ -91,7 +91,7 @@ impl Opening {
         if self.options().read_only && !copy_on_read {
             return self.open_base().await;
         }
-        self.open_image(file, driver, description, copy_on_read).await
+        self.open_image(file, driver, copy_on_read).await
     }
 
     fn copy_on_read(&self, description: &Description) -> Result<bool, OpenError> {
@@ -129,7 +129,6 @@ impl Opening {
         &self,
         file: Arc<LocalFile>,
         driver: &'static dyn Driver,
-        mut description: Description,
         copy_on_read: bool,
     ) -> Result<Top, OpenError> {
         if self.options().locks == Locks::Take {
@@ -139,6 +138,9 @@ impl Opening {
                 Err(error) => return Err(self.failed(error)),
             }
         }
+        // Again: who had the lock before may have pinned it since.
+        let readable: Arc<dyn ReadAt> = file.clone();
+        let mut description = driver.describe(&readable).await.map_err(|error| self.failed(error))?;
         let storage: Arc<dyn Storage> = file;
         if description.pin.is_some() && !description.only_readonce_wrote {
             self.shared.warn(format!(
@@ -196,9 +198,14 @@ impl Opening {
         if may_ask && let Some(backing) = &description.backing {
             let repin = self.options().on_change == OnChange::Repin;
             let mut step = Step::down(&self.shared, &self.locator, description, backing, &[])?;
-            if can_be_pinned(&step) && (description.pin.is_none() || repin) {
+            if step.can_be_pinned() && (description.pin.is_none() || repin) {
                 let pinned = step.expect.take();
-                let origin = step.origin(&self.shared).await?;
+                let origin = match step.origin(&self.shared).await {
+                    Ok(origin) => origin,
+                    // What is pinned stays; `backing` says what that means.
+                    Err(_) if pinned.is_some() => return self.backing(description).await,
+                    Err(error) => return Err(error),
+                };
                 let pin = Pin { validator: origin.validator(), len: origin.len() };
                 let found = super::layers::version_of(&pin);
                 if pinned.is_some() && pinned != found {
@@ -261,13 +268,6 @@ impl Opening {
             self.shared.warn(format!("{error}; what is local can be read, the rest fails until it is back"));
         }
         Ok(Some(lazy))
-    }
-}
-
-fn can_be_pinned(step: &Step) -> bool {
-    match &step.locator {
-        Locator::Http(_) => true,
-        Locator::File(_) => step.format.as_deref() == Some("raw"),
     }
 }
 

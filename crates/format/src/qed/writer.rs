@@ -19,7 +19,7 @@ use super::{
     header::Header,
     layout::{SLICE_BYTES, SLICE_ENTRIES},
     links::Links,
-    mark::{Mark, Ticket},
+    mark::{Closing, Mark, Ticket},
     reclaim::Reclaim,
     repair,
     slice::Entry,
@@ -145,18 +145,24 @@ impl Core {
     /// Takes the mark off if the image deserves it. `Relocation::Never` leaves holes, and then the mark, where they are.
     async fn clean(&self, relocation: Relocation) -> Result<(), FormatError> {
         let closing = self.mark.close_begin().await;
+        let has_holes = self.reclaim.is_due() || self.clusters.has_holes();
+        if !has_holes && closing.as_ref().is_some_and(Closing::marked) {
+            // Before the flush, whose sync covers it: without the mark nobody would look for what lies past the end.
+            self.clusters.cut().await?;
+        }
         self.flusher.flush(Durability::Durable).await?;
         let Some(closing) = closing else { return Ok(()) };
         if !closing.marked() || !self.flusher.links.is_empty() {
             return Ok(());
         }
-        if self.reclaim.is_due() || self.clusters.has_holes() {
+        if has_holes {
             if relocation == Relocation::Never || !self.compact().await? {
                 return Ok(());
             }
             self.reclaim.done();
+            self.clusters.cut().await?;
+            self.file.sync().await?;
         }
-        self.clusters.cut().await?;
         closing.clear().await
     }
 

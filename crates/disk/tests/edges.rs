@@ -1,0 +1,459 @@
+//! Promises at the edges: the backing cannot be had, memory is bounded, a close is bounded and final; chains over real files.
+
+mod support;
+
+use std::{ops::Range, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use readonce_disk::{BlockDevice, Disk, Image, LayerError, Lazy, Source, StatusExtent, Top, ZeroMode};
+use readonce_origin::{Class, Sink};
+use readonce_storage::{
+    BoxFuture, SimFile, Storage,
+    sim::{Fault, Lasts},
+};
+use support::{
+    exec::Exec,
+    origin::SimOrigin,
+    world::{World, create, open, qed, raw_over},
+};
+
+const CLUSTER: u64 = 65536;
+const SIZE: u64 = 64 * CLUSTER;
+
+/// A backing that is never to be had: refused, offline, changed.
+struct Refused;
+
+fn no_backing<T: Send + 'static>() -> BoxFuture<'static, Result<T, LayerError>> {
+    Box::pin(std::future::ready(Err(LayerError::NoBacking("refused".into()))))
+}
+
+impl Source for Refused {
+    fn size(&self) -> BoxFuture<'_, Result<u64, LayerError>> {
+        no_backing()
+    }
+    fn read_now(&self, _: u64, _: &mut [u8]) -> Option<Result<(), LayerError>> {
+        None
+    }
+    fn fetch<'a>(&'a self, _: Range<u64>, _: Class, _: Sink<'a>) -> BoxFuture<'a, Result<(), LayerError>> {
+        no_backing()
+    }
+    fn status(&self, _: u64, _: u64, _: usize) -> BoxFuture<'_, Result<Vec<StatusExtent>, LayerError>> {
+        no_backing()
+    }
+}
+
+fn refused_world() -> (Arc<Exec>, Arc<Image>) {
+    let exec = Exec::new(1);
+    let storage: Arc<dyn Storage> = Arc::new(SimFile::new());
+    let inner = Arc::clone(&exec);
+    let image = exec.run(async move {
+        create(&storage, SIZE, CLUSTER).await;
+        open(storage, Arc::new(Refused), &inner, true).await
+    });
+    (exec, image)
+}
+
+#[test]
+fn zero_clusters_can_be_read_without_the_backing() {
+    let (exec, image) = refused_world();
+    exec.run(async move {
+        image.write_zeroes(0, 4 * CLUSTER, ZeroMode::default()).await.expect("needs no backing");
+        image.flush().await.expect("durable");
+        let bytes = image.read(0, 4 * CLUSTER as usize).await.expect("what is local reads");
+        assert!(bytes.iter().all(|&byte| byte == 0));
+    });
+}
+
+#[test]
+fn a_write_that_completed_can_be_read_without_the_backing() {
+    let (exec, image) = refused_world();
+    exec.run(async move {
+        image.write(512, Bytes::from(vec![7; 512])).await.expect("a write needs no backing");
+        let bytes = image.read(512, 512).await.expect("the bytes are in memory");
+        assert!(bytes.iter().all(|&byte| byte == 7));
+    });
+}
+
+/// A guest that reads a sector and writes it, cluster by cluster, while the origin is silent.
+#[test]
+fn writes_into_fetched_units_are_bounded_in_memory() {
+    let cluster = 1 << 20;
+    let world = World::new(3, 1 << 30, cluster);
+    *world.origin.hold_ms.lock() = 3_600_000;
+    let rt = world.exec.rt();
+    let held = world.run(|image| async move {
+        for unit in 0..300u64 {
+            let reader = Arc::clone(&image);
+            rt.spawn(Box::pin(async move {
+                let _ = reader.read(unit * cluster, 512).await;
+            }));
+            rt.sleep(Duration::from_millis(1)).await;
+            let writer = Arc::clone(&image);
+            rt.spawn(Box::pin(async move {
+                let _ = writer.write(unit * cluster, Bytes::from(vec![7; 512])).await;
+            }));
+            rt.sleep(Duration::from_millis(1)).await;
+        }
+        // The units that hold guest bytes are told as data, before any of it can be in the image.
+        let told = image.status(0, 300 * cluster, 4096).await.expect("the map");
+        told.iter().filter(|extent| extent.depth == 1).map(|extent| extent.len).sum::<u64>()
+    });
+    // GUEST_BYTES_MAX.
+    assert!(held <= 64 << 20, "{} MiB of units with guest bytes in memory", held >> 20);
+}
+
+#[test]
+fn close_takes_no_longer_than_it_may_while_a_flush_waits_for_the_origin() {
+    let world = World::new(4, SIZE, CLUSTER);
+    *world.origin.hold_ms.lock() = 3_600_000;
+    let rt = world.exec.rt();
+    world.run(|image| async move {
+        image.write(512, Bytes::from(vec![7; 512])).await.expect("room");
+        let flusher = Arc::clone(&image);
+        rt.spawn(Box::pin(async move {
+            let _ = flusher.flush().await;
+        }));
+        rt.sleep(Duration::from_secs(1)).await;
+        let before = rt.now();
+        image.close(Duration::from_secs(30)).await.expect_err("the rest of the unit is not there");
+        let took = rt.now() - before;
+        assert!(took <= Duration::from_secs(31), "close took {} s", took.as_secs());
+    });
+}
+
+#[test]
+fn flushes_at_the_same_time_share_a_failure() {
+    let world = World::new(5, SIZE, CLUSTER);
+    *world.origin.fail_of_256.lock() = 256;
+    *world.origin.hold_ms.lock() = 600_000;
+    let rt = world.exec.rt();
+    world.run(|image| async move {
+        image.write(512, Bytes::from(vec![7; 512])).await.expect("room");
+        let before = rt.now();
+        let flushes = (0..8).map(|_| image.flush());
+        let ended = futures_util::future::join_all(flushes).await;
+        assert!(ended.iter().all(Result::is_err));
+        let took = rt.now() - before;
+        // One round was under way or began; at most one more served the rest.
+        assert!(took <= Duration::from_secs(1300), "eight flushes took {} s", took.as_secs());
+    });
+}
+
+/// A flush that waits for the origin must not keep fills from being linked: a kill would lose more than one group.
+#[test]
+fn fills_are_linked_while_a_flush_waits_for_the_origin() {
+    let world = World::new(6, SIZE, CLUSTER);
+    let origin = Arc::clone(&world.origin);
+    let rt = world.exec.rt();
+    let file = Arc::clone(&world.file);
+    let exec = Arc::clone(&world.exec);
+    let asked = world.run(|image| async move {
+        *origin.hold_ms.lock() = 3_600_000;
+        image.write(512, Bytes::from(vec![7; 512])).await.expect("room");
+        let flusher = Arc::clone(&image);
+        rt.spawn(Box::pin(async move {
+            let _ = flusher.flush().await;
+        }));
+        rt.sleep(Duration::from_millis(10)).await;
+        *origin.hold_ms.lock() = 0;
+        image.read(8 * CLUSTER, 8 * CLUSTER as usize).await.expect("the origin answers this one");
+        rt.sleep(Duration::from_secs(60)).await;
+        // The process is killed: what is in the file stays, what is in memory is gone.
+        let killed: Arc<dyn Storage> = Arc::new(SimFile::from_bytes(&file.contents()));
+        let again = SimOrigin::new(SIZE, rt.clone(), 0);
+        let image = open(killed, raw_over(again.clone()).await, &exec, true).await;
+        image.read(8 * CLUSTER, 8 * CLUSTER as usize).await.expect("local");
+        again.asked_bytes()
+    });
+    assert_eq!(asked, 0, "bytes that were fetched a minute before the kill are asked again");
+}
+
+/// One CACHE request over a map of many short extents: what was delivered waits in memory until all is planned.
+#[test]
+fn cache_of_a_large_range_holds_little_memory() {
+    let unit = 1 << 20;
+    let world = World::new(7, 1 << 30, unit);
+    let disk = Arc::new(Disk::new(Top::Image(Arc::clone(&world.image)), false));
+    let origin = Arc::clone(&world.origin);
+    let rt = world.exec.rt();
+    let asked = world.exec.run(async move {
+        for at in (0..1 << 30).step_by(2 * unit as usize) {
+            disk.write(at, Bytes::from(vec![7; unit as usize])).await.expect("room");
+        }
+        // The first absent unit's fetch is silent, the others answer.
+        *origin.hold_ms.lock() = 60_000;
+        let reader = Arc::clone(&disk);
+        rt.spawn(Box::pin(async move {
+            let _ = reader.read(unit, 512).await;
+        }));
+        rt.sleep(Duration::from_millis(1)).await;
+        *origin.hold_ms.lock() = 0;
+        let cacher = Arc::clone(&disk);
+        rt.spawn(Box::pin(async move {
+            let _ = cacher.cache(0, 1 << 30).await;
+        }));
+        rt.sleep(Duration::from_secs(30)).await;
+        origin.asked_bytes()
+    });
+    assert!(asked <= 128 << 20, "{} MiB are held for one request", asked >> 20);
+}
+
+/// Fetches of the upper image wait for memory in the lower one; letting the lower one's fetches go wakes them.
+#[test]
+fn a_lower_image_is_not_written_after_its_close() {
+    let (size, unit) = (1 << 30, 4 << 20);
+    let exec = Exec::new(1);
+    let file = Arc::new(SimFile::new());
+    let storage: Arc<dyn Storage> = file.clone();
+    let origin = SimOrigin::new(size, exec.rt(), 1);
+    *origin.hold_ms.lock() = 1000;
+    let (below, inner, rt) = (origin.clone(), exec.clone(), exec.rt());
+    let lower_storage = storage.clone();
+    exec.run(async move {
+        create(&lower_storage, size, unit).await;
+        let lower = open(lower_storage, raw_over(below).await, &inner, true).await;
+        let upper: Arc<dyn Storage> = Arc::new(SimFile::new());
+        create(&upper, size, CLUSTER).await;
+        let top = open(upper, lower.clone(), &inner, true).await;
+        for at in (0..size).step_by(unit as usize).take(64) {
+            let reader = top.clone();
+            rt.spawn(Box::pin(async move {
+                let _ = reader.read(at, 512).await;
+            }));
+        }
+        rt.sleep(Duration::from_millis(50)).await;
+        // What `Chain::close` does.
+        top.close(Duration::from_secs(30)).await.expect("closes");
+        lower.close(Duration::from_secs(30)).await.expect("closes");
+        let before = file.contents();
+        rt.sleep(Duration::from_secs(60)).await;
+        assert!(before == file.contents(), "written after close, when the image's lock is gone");
+    });
+}
+
+/// The power fails while an image is closed: leaks are there only with the mark that says so.
+#[test]
+fn a_clean_image_has_no_leaks_whenever_the_power_fails() {
+    for nth in 1.. {
+        for seed in 0..64 {
+            let world = World::new(nth, SIZE, CLUSTER);
+            world.run(|image| async move {
+                image.read(0, 4 * CLUSTER as usize).await.expect("the origin answers");
+                image.write(8 * CLUSTER, Bytes::from(vec![7; 512])).await.expect("room");
+                image.flush().await.expect("durable");
+            });
+            world.file.fail_nth(nth, Fault::Eio, Lasts::ForGood);
+            world.run(|image| async move {
+                let _ = image.close(Duration::from_secs(1)).await;
+            });
+            if world.file.fault_hits() == 0 {
+                assert!(nth > 1, "the fault can be met");
+                return;
+            }
+            let crashed: Arc<dyn Storage> = Arc::new(world.file.crash(seed));
+            world.exec.run(async move {
+                let readable: Arc<dyn readonce_storage::ReadAt> = crashed;
+                let dirty = qed().describe(&readable).await.expect("an image").dirty;
+                let report = qed().check(&readable).await.expect("the check runs");
+                assert!(
+                    dirty || report.leaks == 0,
+                    "power lost at {nth}, seed {seed}: clean, and {report:?}"
+                );
+            });
+        }
+    }
+}
+
+#[test]
+fn those_who_open_a_backing_at_the_same_time_share_a_failure() {
+    let exec = Exec::new(11);
+    let rt = exec.rt();
+    exec.run(async move {
+        let clock = rt.clone();
+        let lazy = Lazy::new(Box::new(move || {
+            let rt = rt.clone();
+            Box::pin(async move {
+                rt.sleep(Duration::from_secs(10)).await;
+                Err(LayerError::NoBacking("away".into()))
+            })
+        }));
+        let opened = futures_util::future::join_all((0..8).map(|_| lazy.source())).await;
+        assert!(opened.iter().all(Result::is_err));
+        let took = clock.now();
+        assert!(took <= Duration::from_secs(20), "eight callers waited {} s", took.as_secs());
+        assert!(lazy.source().await.is_err());
+        assert!(clock.now() > took, "a later caller tries again");
+    });
+}
+
+/// Chains of real files.
+mod chains {
+    #![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "real files and a real runtime")]
+
+    use std::{path::Path, sync::Arc, time::Duration};
+
+    use parking_lot::Mutex;
+    use readonce_disk::{
+        BlockDevice,
+        chain::{self, Chain, ChainOptions, CopyOnRead, OnChange, OpenError, Report},
+    };
+    use readonce_format::driver::{BackingRef, CreateSpec, Description, Pin, driver};
+    use readonce_origin::OriginOptions;
+    use readonce_storage::{LocalFile, ReadAt, Storage, local::OpenMode, runtime::TokioRuntime};
+
+    const CLUSTER: usize = 65536;
+
+    fn run<T>(work: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(work)
+    }
+
+    async fn create(path: &Path, backing: &str, format: &str, copy_on_read: bool, pin: Option<Pin>) {
+        let file: Arc<dyn Storage> = Arc::new(LocalFile::open(path, OpenMode::CreateNew).expect("new"));
+        let spec = CreateSpec {
+            size: 16 * CLUSTER as u64,
+            backing: Some(BackingRef { name: backing.into(), format: Some(format.into()) }),
+            options: vec![("copy_on_read".into(), Some(if copy_on_read { "on" } else { "off" }.into()))],
+            pin,
+        };
+        driver("qed").expect("known").create(&file, &spec).await.expect("made");
+    }
+
+    async fn describe(path: &Path) -> Description {
+        let file: Arc<dyn ReadAt> = Arc::new(LocalFile::open(path, OpenMode::Read).expect("there"));
+        driver("qed").expect("known").describe(&file).await.expect("an image")
+    }
+
+    async fn open(path: &Path, options: ChainOptions) -> (Result<Chain, OpenError>, Arc<Mutex<Vec<String>>>) {
+        let warnings = Arc::new(Mutex::new(Vec::new()));
+        let heard = Arc::clone(&warnings);
+        let reporter: chain::Reporter = Arc::new(move |report| {
+            if let Report::Warning(text) = report {
+                heard.lock().push(text);
+            }
+        });
+        let name = path.to_str().expect("our own name");
+        (chain::open(name, options, TokioRuntime::current(), reporter).await, warnings)
+    }
+
+    #[test]
+    fn a_lower_image_that_fills_is_pinned_before_its_first_fill() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = |name: &str| folder.path().join(name);
+        std::fs::write(path("base.raw"), vec![1; 16 * CLUSTER]).expect("room");
+        run(async {
+            // As `create -u`, or qemu-img and then `amend -o copy_on_read`, make it.
+            create(&path("lower.qed"), "base.raw", "raw", true, None).await;
+            create(&path("top.qed"), "lower.qed", "qed", false, None).await;
+            let (chain, warnings) = open(&path("top.qed"), ChainOptions::default()).await;
+            let chain = chain.expect("opens");
+            chain.disk.read(0, CLUSTER).await.expect("reads");
+            chain.close(Duration::from_secs(30)).await.expect("closes");
+            let lower = describe(&path("lower.qed")).await;
+            let len = std::fs::metadata(path("lower.qed")).expect("there").len();
+            assert!(len > 6 * CLUSTER as u64, "it was filled");
+            assert!(
+                lower.pin.is_some(),
+                "filled from a version that nobody remembers; warnings {:?}",
+                warnings.lock()
+            );
+        });
+    }
+
+    #[test]
+    fn a_pin_that_cannot_be_read_does_not_stand_for_any_version() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = |name: &str| folder.path().join(name);
+        std::fs::write(path("base.raw"), vec![1; 16 * CLUSTER]).expect("room");
+        run(async {
+            // Of a later version of the encoding.
+            let pin = Pin { validator: vec![200, 1, 2, 3], len: 16 * CLUSTER as u64 };
+            create(&path("top.qed"), "base.raw", "raw", true, Some(pin)).await;
+            let (chain, warnings) = open(&path("top.qed"), ChainOptions::default()).await;
+            let read = match &chain {
+                Ok(chain) => chain.disk.read(0, CLUSTER).await.is_ok(),
+                Err(_) => false,
+            };
+            assert!(
+                !read || !warnings.lock().is_empty(),
+                "filled from an unchecked version, and nobody was told"
+            );
+        });
+    }
+
+    #[test]
+    fn with_repin_an_origin_that_is_away_is_a_warning_too() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = |name: &str| folder.path().join(name);
+        run(async {
+            let version = readonce_origin::Version {
+                validator: readonce_origin::Validator::StrongETag("\"a\"".into()),
+                len: 16 * CLUSTER as u64,
+            };
+            let pin = Pin { validator: version.validator.encode(), len: version.len };
+            create(&path("top.qed"), "http://127.0.0.1:9/x", "raw", true, Some(pin)).await;
+            for on_change in [OnChange::Refuse, OnChange::Repin] {
+                let origin = OriginOptions {
+                    probe_for: Duration::from_millis(100),
+                    retry_for: Duration::from_millis(100),
+                    ..OriginOptions::default()
+                };
+                let options = ChainOptions { on_change, origin, ..ChainOptions::default() };
+                let (chain, _) = open(&path("top.qed"), options).await;
+                assert!(chain.is_ok(), "{on_change:?}: {}", chain.err().expect("just looked at"));
+                chain.expect("just looked at").close(Duration::from_secs(1)).await.expect("closes");
+            }
+        });
+    }
+
+    /// How often files of `folder` are open in this process.
+    fn open_files(folder: &Path) -> usize {
+        let all = std::fs::read_dir("/proc/self/fd").expect("Linux");
+        let targets = all.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
+        targets.filter(|target| target.starts_with(folder)).count()
+    }
+
+    #[test]
+    fn a_backing_that_cannot_be_opened_costs_nothing_each_time_it_is_tried() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = |name: &str| folder.path().join(name);
+        // A QED image by its magic, and nothing that fits it.
+        std::fs::write(path("bottom.qed"), [&b"QED\0"[..], &[0; 4096]].concat()).expect("room");
+        run(async {
+            create(&path("lower.qed"), "bottom.qed", "qed", false, None).await;
+            create(&path("top.qed"), "lower.qed", "qed", false, None).await;
+            // Nothing fills, so nothing is opened for writing first.
+            let options = ChainOptions { copy_on_read: CopyOnRead::Off, ..ChainOptions::default() };
+            let (chain, _) = open(&path("top.qed"), options).await;
+            let chain = chain.expect("what is lower is opened when needed");
+            chain.disk.read(0, 512).await.expect_err("the bottom is no image");
+            let before = open_files(folder.path());
+            for _ in 0..32 {
+                chain.disk.read(0, 512).await.expect_err("the bottom is no image");
+            }
+            let after = open_files(folder.path());
+            assert!(after <= before, "{before} files were open, {after} are");
+        });
+    }
+
+    /// A lower image that fills is locked, then opened: an attempt that fails in between must not leave the lock behind.
+    #[test]
+    fn a_failed_attempt_to_open_a_lower_image_leaves_no_lock() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = |name: &str| folder.path().join(name);
+        run(async {
+            create(&path("bottom.qed"), "gopher://h/x", "raw", true, None).await;
+            create(&path("lower.qed"), "bottom.qed", "qed", false, None).await;
+            create(&path("top.qed"), "lower.qed", "qed", false, None).await;
+            let (chain, warnings) = open(&path("top.qed"), ChainOptions::default()).await;
+            let chain = chain.expect("what is lower is opened when needed");
+            let first = chain.disk.read(0, 512).await.expect_err("an unknown protocol").to_string();
+            let second = chain.disk.read(0, 512).await.expect_err("an unknown protocol").to_string();
+            assert_eq!(
+                first,
+                second,
+                "the first attempt holds what the second needs; warnings {:?}",
+                warnings.lock()
+            );
+        });
+    }
+}
