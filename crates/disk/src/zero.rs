@@ -48,7 +48,9 @@ impl Image {
                     let head = (self.unit - at % self.unit) % self.unit;
                     let part = if head > 0 { head.min(extent.len) } else { extent.len };
                     let ends_image = at + part == self.size();
-                    if head > 0 || (part < self.unit && !ends_image) {
+                    if self.is_zero_now(at / self.unit) {
+                        part.min(self.unit - at % self.unit)
+                    } else if head > 0 || (part < self.unit && !ends_image) {
                         // The rest of it is the next round's: a unit may be 64 MiB, and many requests do this at once.
                         let part = part.min(PART_BYTES_MAX);
                         let zeros = Bytes::from(vec![0; part as usize]);
@@ -64,6 +66,12 @@ impl Image {
             };
         }
         Ok(())
+    }
+
+    /// The whole unit reads as zeros, and nothing in flight will change that.
+    fn is_zero_now(&self, unit: u64) -> bool {
+        let table = self.table();
+        !table.is_busy(unit) && self.mapping_now(unit) == Some(Mapping::Zero)
     }
 
     /// Zeroes the first of `count` units that were not data a moment ago; returns the bytes done (0: look again).

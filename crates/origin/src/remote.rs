@@ -74,7 +74,10 @@ impl HttpOrigin {
     ) -> Result<Arc<Self>, FetchError> {
         let remote = Remote::new(transport, url, options, rt);
         let mut notes = Vec::new();
-        let expect = options.expect.as_ref();
+        // An image made beside a local file, and both served since: as for a file, only the length says more than "maybe".
+        let is_file = |version: &&Version| matches!(version.validator, Validator::File { .. });
+        let was_file = options.expect.as_ref().filter(is_file);
+        let expect = options.expect.as_ref().filter(|version| !is_file(version));
         let version = match (expect, options.reach) {
             (Some(pinned), Reach::Later) => pinned.clone(),
             _ => match (remote.probe(expect, options.probe_for).await, expect, options.reach) {
@@ -87,6 +90,14 @@ impl HttpOrigin {
                 (Err(error), ..) => return Err(error),
             },
         };
+        if let Some(file) = was_file {
+            if file.len != version.len {
+                let cause = format!("length was {}, is {}", file.len, version.len);
+                return Err(FetchError::Changed { origin: remote.name.clone(), cause });
+            }
+            let (expected, found) = (file.validator.to_string(), version.validator.to_string());
+            notes.push(OriginNote::MayHaveChanged { expected, found });
+        }
         if version.validator.is_length_only() {
             tracing::warn!(origin = %remote.name, "the server sends neither ETag nor Last-Modified");
             notes.push(OriginNote::LengthOnly);

@@ -10,7 +10,7 @@ use readonce_origin::{Locator, Origin, OriginOptions, Version, open::Reach};
 use readonce_storage::{BoxFuture, ImageLock, LocalFile, ReadAt, Storage, local::OpenMode, lock::Access};
 
 use super::{
-    CHAIN_DEPTH_MAX, CopyOnRead, Locks, OpenError, Shared, driver_of,
+    CHAIN_DEPTH_MAX, CopyOnRead, Locks, OnChange, OpenError, Shared, driver_of,
     layers::{lock_for_reading, version_of},
 };
 use crate::{Base, Image, ImageOptions, LayerError, Lazy, Source};
@@ -76,10 +76,14 @@ impl Step {
 
     /// The source, opened at its first use.
     pub(super) fn lazy(self, shared: &Arc<Shared>) -> Arc<Lazy> {
-        let shared = Arc::clone(shared);
+        // The chain owns its images, and an image what lies behind it: a circle, were this not weak.
+        let shared = Arc::downgrade(shared);
         Arc::new(Lazy::new(Box::new(move || {
-            let (step, shared) = (self.clone(), Arc::clone(&shared));
-            Box::pin(async move { Ok(step.open(&shared).await?) })
+            let (step, shared) = (self.clone(), shared.upgrade());
+            Box::pin(async move {
+                let shared = shared.ok_or_else(|| LayerError::NoBacking("the chain is closed".into()))?;
+                Ok(step.open(&shared).await?)
+            })
         })))
     }
 
@@ -147,7 +151,7 @@ impl Step {
         Ok(Some(image))
     }
 
-    /// A fill from a version that nobody remembers would let two versions meet (I6).
+    /// Pins the image at `self` to what it fills from: a version that nobody remembers would let two of them meet (I6).
     async fn pin_what_it_fills_from(
         &self,
         shared: &Arc<Shared>,
@@ -159,17 +163,22 @@ impl Step {
             return Ok(());
         };
         let step = Step::down(shared, &self.locator, description, &backing, &self.above)?;
-        if !step.can_be_pinned() {
+        if !step.can_be_pinned() || step.is_refused(shared) {
             return Ok(());
         }
-        let origin = step.origin(shared).await?;
-        let pin = Pin { validator: origin.validator(), len: origin.len() };
-        driver
-            .change(storage, &HeaderChange::Pin(pin.clone()))
-            .await
-            .map_err(|error| OpenError::new(self.locator.printable(), error))?;
-        description.pin = Some(pin);
-        Ok(())
+        let pin = step.version(shared).await?;
+        keep_pin(&self.locator, storage, driver, pin, description).await
+    }
+
+    /// The version that is there now.
+    pub(super) async fn version(&self, shared: &Shared) -> Result<Pin, OpenError> {
+        let origin = self.origin(shared).await?;
+        Ok(Pin { validator: origin.validator(), len: origin.len() })
+    }
+
+    /// Offline, what could have changed is not asked; a local image shows what it holds.
+    pub(super) fn is_refused(&self, shared: &Shared) -> bool {
+        shared.options.on_change == OnChange::Offline && self.can_be_pinned()
     }
 
     /// Whether its version is to be kept in the image above it: a local image shows the same whatever its file becomes.
@@ -187,8 +196,32 @@ impl Step {
     ) -> Result<Option<Arc<dyn Source>>, OpenError> {
         let Some(backing) = &description.backing else { return Ok(None) };
         let step = Step::down(shared, &self.locator, description, backing, &self.above)?;
+        if step.is_refused(shared) {
+            return Ok(Some(offline(&self.locator)));
+        }
         Ok(Some(step.lazy(shared) as Arc<dyn Source>))
     }
+}
+
+/// Keeps `pin` in the image at `image`. One that cannot keep it must not be filled: the next open would not know of it.
+pub(super) async fn keep_pin(
+    image: &Locator,
+    storage: &Arc<dyn Storage>,
+    driver: &dyn Driver,
+    pin: Pin,
+    description: &mut Description,
+) -> Result<(), OpenError> {
+    let change = HeaderChange::Pin(pin.clone());
+    driver.change(storage, &change).await.map_err(|error| {
+        OpenError::new(image.printable(), format!("the version of its backing cannot be kept in it: {error}"))
+    })?;
+    description.pin = Some(pin);
+    Ok(())
+}
+
+/// What stands behind the image at `above` while it is offline.
+pub(super) fn offline(above: &Locator) -> Arc<dyn Source> {
+    refused(format!("{}: its backing is not asked (--on-change=offline)", above.printable()))
 }
 
 /// A backing that is not to be asked, and why.

@@ -9,22 +9,23 @@ use std::{io, sync::Arc};
 
 use readonce_format::{
     Driver, Mapping,
-    driver::{Description, HeaderChange, Pin, Repair},
+    driver::{Description, Repair},
 };
 use readonce_origin::Locator;
 use readonce_storage::{
     ImageLock, LocalFile, ReadAt, Rt, Storage,
     local::OpenMode,
     lock::{Access, LockError},
+    runtime::timeout,
 };
 
 use super::{
     Chain, ChainOptions, CopyOnRead, Locks, OnChange, OpenError, Reporter, Shared,
-    backing::{Step, refused},
+    backing::{Step, keep_pin, offline, refused},
     driver_of,
     layers::lock_for_reading,
 };
-use crate::{Base, Disk, Image, ImageOptions, Source, Top};
+use crate::{Base, Disk, Image, ImageOptions, LayerError, Source, Top};
 
 /// Opens the chain whose top is at `name`.
 ///
@@ -194,32 +195,24 @@ impl Opening {
         driver: &dyn Driver,
         description: &mut Description,
     ) -> Result<Option<Arc<dyn Source>>, OpenError> {
-        let may_ask = !self.options().no_backing_files && self.options().on_change != OnChange::Offline;
-        if may_ask && let Some(backing) = &description.backing {
+        if let (false, Some(backing)) = (self.options().no_backing_files, &description.backing) {
             let repin = self.options().on_change == OnChange::Repin;
             let mut step = Step::down(&self.shared, &self.locator, description, backing, &[])?;
-            if step.can_be_pinned() && (description.pin.is_none() || repin) {
+            let may_ask = step.can_be_pinned() && !step.is_refused(&self.shared);
+            if may_ask && (description.pin.is_none() || repin) {
                 let pinned = step.expect.take();
-                let origin = match step.origin(&self.shared).await {
-                    Ok(origin) => origin,
+                let pin = match step.version(&self.shared).await {
+                    Ok(pin) => pin,
                     // What is pinned stays; `backing` says what that means.
                     Err(_) if pinned.is_some() => return self.backing(description).await,
                     Err(error) => return Err(error),
                 };
-                let pin = Pin { validator: origin.validator(), len: origin.len() };
                 let found = super::layers::version_of(&pin);
                 if pinned.is_some() && pinned != found {
                     self.check_nothing_is_local(storage, driver, description).await?;
                 }
                 if pinned.is_none() || pinned != found {
-                    let change = HeaderChange::Pin(pin.clone());
-                    match driver.change(storage, &change).await {
-                        Ok(()) => description.pin = Some(pin),
-                        Err(error) => self.shared.warn(format!(
-                            "the version of the backing cannot be kept in {}: {error}",
-                            self.locator.printable()
-                        )),
-                    }
+                    keep_pin(&self.locator, storage, driver, pin, description).await?;
                 }
             }
         }
@@ -255,17 +248,24 @@ impl Opening {
         if self.options().no_backing_files {
             return Ok(Some(refused(format!("{name}: backing files are off (--no-backing-files)"))));
         }
-        if self.options().on_change == OnChange::Offline {
-            return Ok(Some(refused(format!("{name}: its backing is not asked (--on-change=offline)"))));
-        }
         let step = Step::down(&self.shared, &self.locator, description, backing, &[])?;
+        if step.is_refused(&self.shared) {
+            return Ok(Some(offline(&self.locator)));
+        }
         let lazy = step.lazy(&self.shared);
-        if let Err(error) = lazy.source().await {
+        // The probe has its own limit; a format that must be read from an origin that is away would be tried for as long as
+        // a guest's read.
+        let limit = self.options().origin.probe_for.saturating_mul(2);
+        let tried = match timeout(&self.shared.rt, limit, lazy.source()).await {
+            Ok(tried) => tried.map(|_| ()),
+            Err(_) => Err(LayerError::NoBacking(format!("{name}: its backing does not answer"))),
+        };
+        if let Err(error) = tried {
             if description.pin.is_none() {
                 let cause = error.to_string();
                 return Err(self.failed(format!("Could not open backing file: {cause}")));
             }
-            self.shared.warn(format!("{error}; what is local can be read, the rest fails until it is back"));
+            self.shared.warn(format!("{error}; what is local can be read, the rest cannot"));
         }
         Ok(Some(lazy))
     }

@@ -132,6 +132,7 @@ async fn a_write_asks_only_for_the_rest_of_its_clusters() {
 #[tokio::test]
 async fn zeroes_ask_for_nothing_where_clusters_are_whole() {
     check("..D.....", Zero(clusters(1..4)), ".ZDZ....", &[]).await;
+    check("...Z....", Zero(3 * CLUSTER + 5..3 * CLUSTER + 9), "...Z....", &[]).await;
     check("........", Zero(100..2 * CLUSTER), "DZ......", &[0..100]).await;
 }
 

@@ -105,3 +105,26 @@ async fn a_lower_image_that_another_reads_is_not_filled_but_used() {
     other.close().await;
     assert!(!place.draw("cache.qed").await.contains('D'));
 }
+
+#[tokio::test]
+async fn a_closed_chain_has_no_file_open() {
+    let place = Place::new();
+    place.raw("base.raw", &content(1, SIZE).bytes(0..SIZE));
+    place.create("top.qed", filled_from("base.raw", "raw", SIZE)).await;
+    let opened = place.open("top.qed", options()).await;
+    opened.read(0..SIZE).await;
+    opened.close().await;
+    // The image's timers may still run for a few seconds.
+    for _ in 0..100 {
+        let folder = place.folder().to_owned();
+        let open = std::fs::read_dir("/proc/self/fd")
+            .expect("Linux")
+            .flatten()
+            .filter(|entry| std::fs::read_link(entry.path()).is_ok_and(|path| path.starts_with(&folder)));
+        if open.count() == 0 {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    panic!("files are open ten seconds after the chain was closed");
+}

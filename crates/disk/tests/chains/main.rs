@@ -4,7 +4,7 @@
 //! - `fills`: one operation, the image before and after it, and what the origin was asked. `shapes`: chains of every shape
 //!   against the model. `turns`: QEMU and readonce use one image in turn.
 //! - `versions`, `away`, `wrong`: the backing changes, cannot be reached, answers wrong. `policy`: what is not opened.
-//! - `locks`, `mounts`: other users of the image, and file systems that are full or read-only.
+//! - `lower`: what is special below the top. `locks`, `mounts`: other users of the image, and file systems that are full or read-only.
 //!
 //! Not here: `kill -9`, which needs a process to kill (the command's tests).
 
@@ -13,6 +13,7 @@
 mod away;
 mod fills;
 mod locks;
+mod lower;
 mod model;
 mod mounts;
 mod place;

@@ -41,6 +41,8 @@ async fn check_only_local_reads(opened: &Opened, old: &Content, words: &str) {
     assert!(opened.read(clusters(5..6)).await[..] == [5; CLUSTER as usize]);
     // A write into a part completes, but cannot be made durable.
     opened.write(clusters(7..8).start, vec![7; 512]).await;
+    assert!(opened.read(clusters(7..8).start..clusters(7..8).start + 512).await[..] == [7; 512]);
+    assert!(opened.read(clusters(6..7)).await[..] == [0; CLUSTER as usize]);
     let error = opened.disk().flush().await.expect_err("the rest of the cluster cannot be had");
     assert!(error.to_string().contains(words), "{error}");
 }

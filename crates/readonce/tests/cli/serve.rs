@@ -91,7 +91,7 @@ async fn bytes_that_cannot_be_saved_are_named() {
         Serving::start(at, &["-p", "0", "--retry-for", "100ms", "--shutdown-timeout", "1s", "c.qed"]);
     origin.vanish().await;
     write_and_leave(&serving.uri, 68 << 10, &[9; 4096]).await;
-    let ended = serving.end_by(libc::SIGTERM).fails(1, "could not save guest bytes 0x10000..0x20000");
+    let ended = serving.end_by(libc::SIGTERM).fails(1, "could not save guest bytes 0x11000..0x12000");
     assert!(ended.err.contains("readonce: c.qed: "), "{ended:?}");
     // Nothing of it is in the image, and the image is whole.
     origin.come_back().await.expect("the port");
