@@ -2,7 +2,7 @@
 //!
 //! - `read_now` asks the kernel for what is in the page cache (`RWF_NOWAIT`). On a file system that cannot say, it does
 //!   not guess: `None`, and io_uring does it. tmpfs is all page cache, so a plain read never waits there.
-//! - `write_now` is a plain write into the page cache, as long as this file keeps less than `DIRTY_BYTES_MAX` there
+//! - `write_now` is a plain write into the page cache, as long as this file keeps less than its dirty budget there
 //!   that is not on the disk. The kernel stops a process that dirties too much, in the middle of its call; the budget keeps
 //!   us far from that. Writeback is started early, so that a sync finds little left.
 //! - While a sync is under way, `write_now` answers `None`: a write then waits for the journal's commit. Measured on ext4,
@@ -160,7 +160,7 @@ impl LocalFile {
             len: AtomicU64::new(len),
             now_reads,
             engine,
-            dirty: Arc::new(DirtyBudget::default()),
+            dirty: Arc::new(DirtyBudget::new()),
             new_entry: Mutex::new(new_entry),
             locked: Arc::default(),
         })
@@ -541,7 +541,6 @@ fn without_number(error: &io::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dirty::DIRTY_BYTES_MAX;
 
     fn new_file(directory: &tempfile::TempDir) -> LocalFile {
         LocalFile::open(directory.path().join("image"), OpenMode::CreateNew).expect("new")
@@ -584,7 +583,7 @@ mod tests {
         // Without the ring, so that no writeback makes room by itself.
         let path = directory.path().join("image");
         let file = LocalFile::open_without_ring(path, OpenMode::CreateNew).expect("new");
-        file.dirty.add(DIRTY_BYTES_MAX - 3);
+        file.dirty.add(file.dirty.bytes_max() - 3);
         file.write_now(0, b"abc").expect("just fits").expect("written");
         assert!(file.write_now(0, b"x").is_none());
         file.write(0, Bytes::from_static(b"x")).await.expect("waits, and is written");
@@ -636,7 +635,7 @@ mod tests {
             eprintln!("no io_uring here: nothing starts writeback");
             return;
         }
-        file.dirty.add(DIRTY_BYTES_MAX - 3);
+        file.dirty.add(file.dirty.bytes_max() - 3);
         file.write_now(0, b"abc").expect("just fits").expect("written");
         while file.dirty.dirty() > 0 {
             std::thread::yield_now();
