@@ -23,7 +23,8 @@ impl Image {
         self.rt.spawn(Box::pin(async move {
             let error = image.run_fetch(&fetch, class).await.err();
             if let Some(error) = &error {
-                tracing::warn!(units = ?fetch.units, "fetch failed: {error}");
+                // Whoever waited for it gets EIO, which tells nothing.
+                tracing::error!("{error}");
             }
             image.table().fetch_ended(&fetch, error);
         }));
@@ -82,7 +83,7 @@ impl Image {
         match self.try_fill(unit, bytes).await {
             Ok(()) => Stored::Linked,
             Err(error) => {
-                tracing::warn!(unit, "fill dropped: {error}");
+                tracing::warn!("what was read is not kept: {error}");
                 Stored::Dropped
             }
         }

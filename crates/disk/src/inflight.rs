@@ -198,6 +198,17 @@ impl<R> InFlight<R> {
         }
     }
 
+    /// Lets go of all that is not stored, at shutdown after unsaved guest bytes were named. Late bytes find nobody. Units under
+    /// local I/O stay: their owners report back.
+    pub fn abandon(&mut self) {
+        let lost = |entry: &Entry<R>| matches!(entry.state, State::Fetching(_) | State::Held);
+        let units: Vec<u64> =
+            self.entries.iter().filter(|(_, entry)| lost(entry)).map(|(&unit, _)| unit).collect();
+        for unit in units {
+            self.remove(unit);
+        }
+    }
+
     /// Told when some unit with local I/O under way has ended; `None` if there is none.
     pub fn wait_local(&mut self) -> Option<oneshot::Receiver<()>> {
         let entry = self

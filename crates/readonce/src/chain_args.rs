@@ -39,6 +39,12 @@ impl OriginArgs {
                 Locator::File(_) => None,
             })
             .collect();
+        let from_environment = std::env::var("READONCE_URL").ok();
+        if self.url.iter().eq(&from_environment) {
+            named.iter().try_for_each(|locator| refuse_password(locator))?;
+        } else {
+            named.iter().copied().chain(&url_override).try_for_each(refuse_password)?;
+        }
         let mut credentials =
             Credentials::from_environment(urls.first()).map_err(|error| Failure::new(error.to_string()))?;
         for url in &urls {
@@ -56,6 +62,20 @@ impl OriginArgs {
             url_override,
             ..defaults
         })
+    }
+}
+
+/// A command line is seen by every user of the machine.
+fn refuse_password(locator: &Locator) -> Result<(), Failure> {
+    match locator {
+        Locator::Http(url) if url.password().is_some() || !url.username().is_empty() => {
+            Err(Failure::new(format!(
+                "{}: a user or password is not taken from the command line: give READONCE_HTTP_USER and READONCE_HTTP_PASSWORD, \
+             or the whole URL in READONCE_URL",
+                locator.printable()
+            )))
+        }
+        _ => Ok(()),
     }
 }
 

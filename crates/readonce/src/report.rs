@@ -4,11 +4,15 @@
 
 use std::{
     io::{IsTerminal, Write},
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 use indicatif::ProgressBar;
 use readonce_disk::chain::{Report, Reporter};
+use tracing_subscriber::{
+    fmt::{FmtContext, FormatEvent, FormatFields, format::Writer},
+    registry::LookupSpan,
+};
 
 /// The bar that is drawn now, if any: lines must not run into it.
 static BAR: OnceLock<ProgressBar> = OnceLock::new();
@@ -73,7 +77,7 @@ impl ToldArgs {
     /// Starts the log. `RUST_LOG` wins over the flags.
     pub fn start_log(self) {
         start_log(match (self.quiet, self.verbose) {
-            (true, _) => "off",
+            (true, _) => "error",
             (_, 0) => "warn",
             (_, 1) => "info",
             (_, _) => "debug",
@@ -81,15 +85,47 @@ impl ToldArgs {
     }
 }
 
-/// Starts the log at a level, or as `RUST_LOG` says.
+/// Starts the log at a level, or as `RUST_LOG` says. Up to warnings it reads like every other line; a log proper has times and
+/// places.
 pub fn start_log(level: &str) {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
-    let _ = tracing_subscriber::fmt()
+    let asked = tracing_subscriber::EnvFilter::try_from_default_env();
+    let plain = asked.is_err() && matches!(level, "error" | "warn");
+    let filter = asked.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(|| AboveTheBar)
-        .with_ansi(std::io::stderr().is_terminal())
-        .try_init();
+        .with_ansi(std::io::stderr().is_terminal());
+    let _ = if plain { log.event_format(Plain::default()).try_init() } else { log.try_init() };
+}
+
+/// Sentences for a person; one that comes again and again is told once.
+#[derive(Default)]
+struct Plain {
+    last: Mutex<String>,
+}
+
+impl<S, N> FormatEvent<S, N> for Plain
+where
+    S: tracing::Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &tracing::Event<'_>,
+    ) -> std::fmt::Result {
+        let mut text = String::new();
+        context.field_format().format_fields(Writer::new(&mut text), event)?;
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if *last == text {
+            return Ok(());
+        }
+        let warning = if *event.metadata().level() == tracing::Level::ERROR { "" } else { "warning: " };
+        writeln!(writer, "readonce: {warning}{text}")?;
+        *last = text;
+        Ok(())
+    }
 }
 
 /// Writes log lines to standard error without running into the bar.

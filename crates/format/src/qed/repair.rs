@@ -199,7 +199,12 @@ pub(super) async fn compact(file: &Arc<dyn Storage>, layout: &Layout) -> Result<
         match pass.run(window_last).await? {
             Progress::Moved => {}
             Progress::Window(hole) => window_last = Some(hole),
-            Progress::Stuck => return Ok(false),
+            Progress::Stuck => {
+                // A hole stays that nothing fits; what is free behind the last cluster goes all the same.
+                file.set_len(end * layout.cluster_size).await?;
+                file.sync().await?;
+                return Ok(false);
+            }
         }
     }
 }
