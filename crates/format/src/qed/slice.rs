@@ -11,7 +11,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use super::layout::{ENTRY_BYTES, Layout, SLICE_BYTES};
+use super::layout::{ENTRY_BYTES, Layout, SLICE_BYTES, SLICE_ENTRIES};
 use crate::{
     Extent, FormatError, Mapping,
     number::{bytes, index},
@@ -120,11 +120,18 @@ impl Slice {
 
     /// The error for the bad entry `at`, `field` saying of which table.
     pub(super) fn corrupt(&self, field: &str, at: u64) -> FormatError {
-        FormatError::corrupt(
-            format!("{field} entry {at} of slice {}", self.index),
-            format!("{:#x}", self.bad.get(&at).copied().unwrap_or(0)),
-            "must be 0, a valid offset, or 1 in an L2 table",
-        )
+        let entry = self.index * SLICE_ENTRIES + at;
+        let (field, limit) = match field {
+            "L1" => (
+                format!("L1 entry {entry}"),
+                "must be 0, or the offset of a whole L2 table between the header and the end of the file",
+            ),
+            _ => (
+                format!("L2 entry of guest cluster {entry}"),
+                "must be 0, 1, or the offset of a cluster between the header and the end of the file that is no table",
+            ),
+        };
+        FormatError::corrupt(field, format!("{:#x}", self.bad.get(&at).copied().unwrap_or(0)), limit)
     }
 
     /// The extent at guest byte `offset`, which this L2 slice maps, at most `len_max` bytes long and inside the slice.
