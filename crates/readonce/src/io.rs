@@ -53,9 +53,9 @@ pub async fn run(mut args: Args) -> Outcome {
     if args.fill {
         args.chain.copy_on_read = CopyOnRead::On;
     }
-    // As qemu-io: which files are opened is not told.
-    let told = ToldArgs { quiet: args.told.verbose == 0, ..args.told };
-    let chain = session::open(&image, args.chain.chain_options(&image)?, told)
+    // As qemu-io: which files are opened is not told, unless it is asked for.
+    let reporter = if args.told.verbose > 0 { args.told.reporter() } else { args.told.warnings() };
+    let chain = session::open(&image, args.chain.chain_options(&image)?, reporter)
         .await
         .map_err(|failure| Failure::new(format!("can't open device {image}: {}", failure.text)))?;
     let machine = Machine { disk: chain.disk.clone() };

@@ -62,6 +62,16 @@ impl ToldArgs {
         })
     }
 
+    /// Tells of a chain on standard error: warnings alone.
+    pub fn warnings(self) -> Reporter {
+        let all = self.reporter();
+        Arc::new(move |report| {
+            if let Report::Warning(_) = report {
+                all(report);
+            }
+        })
+    }
+
     /// One line, unless all is to be quiet.
     pub fn say(self, text: impl std::fmt::Display) {
         if !self.quiet {

@@ -60,7 +60,7 @@ pub async fn run(mut args: Args) -> Outcome {
     let mut signals = Signals::catch()?;
     let opening = async {
         let image = image::choose(&name, &args).await?;
-        let chain = session::open(&image.top, image.options.clone(), args.told).await?;
+        let chain = session::open(&image.top, image.options.clone(), args.told.reporter()).await?;
         Ok((image, chain))
     };
     let (mut image, chain) = until_signal(&mut signals, opening).await?;

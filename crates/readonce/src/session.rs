@@ -11,7 +11,7 @@ use std::{
 
 use readonce_disk::{
     BlockDevice,
-    chain::{self, Chain, ChainOptions},
+    chain::{self, Chain, ChainOptions, Reporter},
 };
 use readonce_export::nbd::{Listener, Server, ServerOptions};
 use readonce_storage::runtime::TokioRuntime;
@@ -45,8 +45,8 @@ pub struct Session {
 }
 
 /// Opens a chain to use it.
-pub async fn open(image: &str, options: ChainOptions, told: ToldArgs) -> Result<Chain, Failure> {
-    chain::open(image, options, TokioRuntime::current(), told.reporter()).await.map_err(look::told)
+pub async fn open(image: &str, options: ChainOptions, reporter: Reporter) -> Result<Chain, Failure> {
+    chain::open(image, options, TokioRuntime::current(), reporter).await.map_err(look::told)
 }
 
 impl Session {
