@@ -9,7 +9,7 @@
 //!   holds room in the image, taken before the write completes, and ends only by being stored.
 //! - A waiter is told in the order in which it came, at the moment its own bytes are known.
 //! - At most [`FETCH_BYTES_MAX`] of units without and [`GUEST_BYTES_MAX`] of units with guest bytes are in flight (but
-//!   always one); beyond, callers wait in order.
+//!   always one); beyond, callers wait. All of them are woken when room comes, and the first to ask again has it.
 //!
 //! Deciding only: nothing here does I/O or knows the time. Not here: what owners do (`fill`, `write`), durability (`flush`).
 
