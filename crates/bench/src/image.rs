@@ -95,7 +95,7 @@ async fn create(bench: &Bench, name: &str, spec: CreateSpec) -> anyhow::Result<P
     remove(&path)?;
     let file: Arc<dyn Storage> = Arc::new(LocalFile::open(&path, OpenMode::CreateNew)?);
     let driver = driver("qed").context("there is no format qed")?;
-    driver.create(&file, &spec).await?;
+    driver.create(&file, None, &spec).await?;
     Ok(path)
 }
 

@@ -35,7 +35,8 @@ impl Base {
             };
             let part = at..at + extent.len;
             match (extent.mapping, &self.backing) {
-                (Mapping::Data(offset), _) => {
+                (Mapping::Compressed(_), _) => return Err(LayerError::compressed()),
+                (Mapping::Data(offset) | Mapping::Shared(offset), _) => {
                     let mut shift = |from: u64, bytes| sink(from - offset + part.start, bytes);
                     self.data.fetch(offset..offset + extent.len, class, &mut shift).await?;
                 }
@@ -69,7 +70,8 @@ impl Source for Base {
             };
             let part = &mut buf[done..done + extent.len as usize];
             match (extent.mapping, &self.backing) {
-                (Mapping::Data(from), _) => {
+                (Mapping::Compressed(_), _) => return None,
+                (Mapping::Data(from) | Mapping::Shared(from), _) => {
                     if let Err(error) = self.data.read_now(from, part)? {
                         return Some(Err(error.into()));
                     }

@@ -29,6 +29,12 @@ pub enum LayerError {
     Latched(String),
 }
 
+impl LayerError {
+    pub(crate) fn compressed() -> Self {
+        Self::Io("a shared or compressed cluster cannot be used yet".into())
+    }
+}
+
 impl From<FormatError> for LayerError {
     fn from(error: FormatError) -> Self {
         match error {

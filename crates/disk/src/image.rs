@@ -199,7 +199,7 @@ impl Image {
             };
             let part = &mut buf[done..done + extent.len as usize];
             match extent.mapping {
-                Mapping::Data(from) => {
+                Mapping::Data(from) | Mapping::Shared(from) => {
                     if let Err(error) = self.file.read_now(from, part)? {
                         return Some(Err(error.into()));
                     }
@@ -216,7 +216,7 @@ impl Image {
                         return Some(Err(error));
                     }
                 }
-                Mapping::Zero | Mapping::Absent => return None,
+                Mapping::Compressed(_) | Mapping::Zero | Mapping::Absent => return None,
             }
             done += extent.len as usize;
         }

@@ -75,7 +75,8 @@ impl Image {
                 let extent = self.lookup(at, range.end - at).await?;
                 let part = at..at + extent.len;
                 match extent.mapping {
-                    Mapping::Data(from) => plan.local.push((at, from, extent.len)),
+                    Mapping::Compressed(_) => return Err(LayerError::compressed()),
+                    Mapping::Data(from) | Mapping::Shared(from) => plan.local.push((at, from, extent.len)),
                     Mapping::Zero | Mapping::Absent => {
                         self.plan_absent(part.clone(), class, sink, &mut plan).await?;
                     }
@@ -197,7 +198,9 @@ impl Image {
                         plan.waits.push((part.clone(), told));
                     }
                     // Written meanwhile, or its table went out of memory.
-                    (Some(Mapping::Data(_)) | None, _) => plan.again.push_back(part.clone()),
+                    (Some(Mapping::Data(_) | Mapping::Shared(_) | Mapping::Compressed(_)) | None, _) => {
+                        plan.again.push_back(part.clone())
+                    }
                 },
             }
             *at = part.end;

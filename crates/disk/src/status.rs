@@ -35,7 +35,7 @@ pub(crate) async fn of(
         }
         let extent = mapper.lookup(at, len_max).await?;
         match (extent.mapping, backing) {
-            (Mapping::Data(_), _) => {
+            (Mapping::Data(_) | Mapping::Shared(_) | Mapping::Compressed(_), _) => {
                 extents.push(StatusExtent { len: extent.len, zero: false, hole: false, depth: 1 });
             }
             (Mapping::Zero, _) => {

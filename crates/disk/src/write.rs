@@ -54,6 +54,7 @@ impl Image {
                     self.write_file(to, part).await?;
                     at += extent.len;
                 }
+                Mapping::Shared(_) | Mapping::Compressed(_) => return Err(LayerError::compressed()),
                 Mapping::Zero | Mapping::Absent => {
                     let image = self.shared();
                     at += self.detached(async move { image.write_absent(at, part).await }).await?;

@@ -44,6 +44,7 @@ impl Image {
                     zeroed.map_err(|error| self.failed(error))?;
                     extent.len
                 }
+                Mapping::Shared(_) | Mapping::Compressed(_) => return Err(LayerError::compressed()),
                 Mapping::Zero | Mapping::Absent => {
                     let head = (self.unit - at % self.unit) % self.unit;
                     let part = if head > 0 { head.min(extent.len) } else { extent.len };
@@ -111,7 +112,7 @@ impl Image {
             };
         }
         match self.mapping_now(unit) {
-            None | Some(Mapping::Data(_)) => Claim::LookAgain,
+            None | Some(Mapping::Data(_) | Mapping::Shared(_) | Mapping::Compressed(_)) => Claim::LookAgain,
             // It reads as zeros already, and goes on to do so.
             Some(Mapping::Zero) => Claim::Done,
             Some(Mapping::Absent) => Claim::Owned(self.own_run(&mut table, unit, count)),

@@ -315,7 +315,7 @@ mod chains {
             options: vec![("copy_on_read".into(), Some(if copy_on_read { "on" } else { "off" }.into()))],
             pin,
         };
-        driver("qed").expect("known").create(&file, &spec).await.expect("made");
+        driver("qed").expect("known").create(&file, None, &spec).await.expect("made");
     }
 
     async fn describe(path: &Path) -> Description {

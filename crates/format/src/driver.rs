@@ -51,6 +51,8 @@ pub struct CreateSpec {
     pub options: Vec<(String, Option<String>)>,
     /// The pinned version of the backing.
     pub pin: Option<Pin>,
+    /// The name of the file that is to hold the data, as it is stored; `None`: the image's own file holds it.
+    pub data_file: Option<String>,
 }
 
 /// The backing as an image names it.
@@ -92,6 +94,75 @@ pub struct Description {
     pub dirty: bool,
     /// Bytes of the header area still free for a longer backing name and record.
     pub header_bytes_max: u64,
+    /// The file that holds the data, where that is not the image's own.
+    pub data_file: Option<DataFile>,
+    /// The format's own facts, by qemu-img's names for them (`format-specific`) and in its order; empty where it has none.
+    pub details: Vec<(&'static str, Detail)>,
+    /// Internal snapshots, in the order of the file.
+    pub snapshots: Vec<Snapshot>,
+}
+
+/// A file that holds an image's data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DataFile {
+    /// As stored: relative to the image's file.
+    pub name: String,
+    /// Whether it reads as a raw image of the disk.
+    pub raw: bool,
+}
+
+/// A fact of a format.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Detail {
+    /// Words.
+    Text(String),
+    /// Yes or no.
+    Flag(bool),
+    /// A count.
+    Number(u64),
+    /// Several of the same kind.
+    List(Vec<Detail>),
+    /// Named facts that belong together.
+    Group(Vec<(&'static str, Detail)>),
+}
+
+/// An internal snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Unique in the image; digits, by custom.
+    pub id: String,
+    /// What people call it.
+    pub name: String,
+    /// Bytes of saved machine state.
+    pub vm_state_size: u64,
+    /// When it was made: seconds since 1970, UTC.
+    pub date_sec: u32,
+    /// And nanoseconds.
+    pub date_nsec: u32,
+    /// How long the guest had run, nanoseconds.
+    pub vm_clock_nsec: u64,
+    /// Instructions that the guest had run, where that was counted.
+    pub icount: Option<u64>,
+    /// Bytes that the guest saw.
+    pub disk_size: u64,
+}
+
+/// A change of an image's internal snapshots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SnapshotChange {
+    /// Keeps the disk as it is now under a name. Date: seconds and nanoseconds since 1970, UTC.
+    Create {
+        /// What people will call it.
+        name: String,
+        /// Seconds.
+        date_sec: u32,
+        /// And nanoseconds.
+        date_nsec: u32,
+    },
+    /// Makes the disk what it was; the snapshot stays. By id, else by name.
+    Apply(String),
+    /// Lets a snapshot go. By id, else by name.
+    Delete(String),
 }
 
 /// What `check` looks for, and mends.
@@ -122,6 +193,8 @@ pub struct CheckReport {
     pub allocated_clusters: u64,
     /// Data clusters not next to their guest predecessor.
     pub fragmented_clusters: u64,
+    /// Of the allocated ones, those that are compressed.
+    pub compressed_clusters: u64,
     /// Where the image's last used cluster ends, if the format tells it.
     pub image_end_offset: Option<u64>,
 }
@@ -150,24 +223,27 @@ pub trait Driver: Send + Sync {
     /// The `-o` options of create.
     fn create_options(&self) -> &'static [OptionSpec];
 
-    /// Makes an image in `file`, which is emptied first. Nothing is written when the spec is not valid. Ends durable.
+    /// Makes an image in `file`, which is emptied first, as is `data`, the file that the spec names for the data. Nothing
+    /// is written when the spec is not valid. Ends durable.
     fn create<'a>(
         &self,
         file: &'a Arc<dyn Storage>,
+        data: Option<&'a Arc<dyn Storage>>,
         spec: &'a CreateSpec,
     ) -> BoxFuture<'a, Result<(), FormatError>>;
 
     /// What the image says of itself.
     fn describe<'a>(&self, file: &'a Arc<dyn ReadAt>) -> BoxFuture<'a, Result<Description, FormatError>>;
 
-    /// Opens for reading. Changes nothing.
+    /// Opens for reading. Changes nothing. Where data lies, in this file or another, the description says.
     fn open(&self, file: Arc<dyn ReadAt>) -> BoxFuture<'static, Result<Arc<dyn Mapper>, FormatError>>;
 
     /// Opens for writing. Writes nothing until the first change. A dirty image is not repaired here beyond what reading it
-    /// needs: see [`WritableMapper::reclaim`].
+    /// needs: see [`WritableMapper::reclaim`]. `data` is the file that holds the data, where the description names one.
     fn open_writable(
         &self,
         file: Arc<dyn Storage>,
+        data: Option<Arc<dyn Storage>>,
         rt: Rt,
     ) -> BoxFuture<'static, Result<Arc<dyn WritableMapper>, FormatError>>;
 
@@ -187,4 +263,16 @@ pub trait Driver: Send + Sync {
         file: &'a Arc<dyn Storage>,
         change: &'a HeaderChange,
     ) -> BoxFuture<'a, Result<(), FormatError>>;
+
+    /// Changes the internal snapshots, durably, on an image that nobody has open. `Unsupported` where there are none.
+    fn snapshot<'a>(
+        &self,
+        _file: &'a Arc<dyn Storage>,
+        _change: &'a SnapshotChange,
+    ) -> BoxFuture<'a, Result<(), FormatError>> {
+        let name = self.name();
+        Box::pin(async move {
+            Err(FormatError::Unsupported(format!("Format driver '{name}' has no internal snapshots")))
+        })
+    }
 }

@@ -1,6 +1,7 @@
 //! Image formats. A driver is a *mapper*: it says where a guest range lies, sets room aside, and links it.
 //!
 //! - `mapper`: the traits [`Mapper`] and [`WritableMapper`], and what they speak in.
+//! - `codec`: compressed clusters.
 //! - `driver`: the trait [`Driver`] of a format as a whole, and the list of formats.
 //! - One folder for each format.
 //!
@@ -10,6 +11,7 @@
 #![deny(clippy::unwrap_used, clippy::indexing_slicing, clippy::as_conversions)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::as_conversions))]
 
+pub mod codec;
 pub mod driver;
 pub mod error;
 pub mod mapper;
@@ -20,5 +22,6 @@ pub mod raw;
 pub use driver::Driver;
 pub use error::FormatError;
 pub use mapper::{
-    CommitMode, Durability, Extent, Geometry, Mapper, Mapping, Reservation, Room, WritableMapper,
+    Abilities, CommitMode, Compressed, Durability, Extent, Geometry, Mapper, Mapping, Reservation, Room,
+    Unlinked, WritableMapper,
 };

@@ -8,6 +8,10 @@
 //!   a link before the data that it points to is synced. The caller has written the data (completed, not synced) before
 //!   it commits.
 //! - No lock is held while data or a backing is read: the driver does neither.
+//! - Bytes that a snapshot shows too, and compressed bytes, are read and never written in place: a guest write there takes
+//!   new room first ([`Room::Copy`]).
+//! - What a commit unlinked is used again only after the caller said that nobody who looked it up still reads or writes
+//!   there ([`Unlinked`]).
 //!
 //! Not here: data I/O, copy-on-read, and who may change a unit when (`readonce-disk`).
 
@@ -15,7 +19,7 @@ use std::sync::Arc;
 
 use readonce_storage::BoxFuture;
 
-use crate::FormatError;
+use crate::{FormatError, codec::Codec};
 
 /// Sizes that do not change while an image is open, apart from `size`, which grows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,11 +39,29 @@ pub enum Mapping {
     Absent,
     /// Reads as zeros and hides the backing.
     Zero,
-    /// At this byte offset of the image's file, and on from there.
+    /// At this byte offset of the image's data file (its own file where it has no other), and on from there.
     Data(u64),
+    /// As `Data`, and something else shows these bytes as well (an internal snapshot): read there, never written there.
+    Shared(u64),
+    /// Inside a compressed cluster: read by decompressing it, never written there. The extent ends with the cluster.
+    Compressed(Compressed),
 }
 
-/// A run of guest bytes in one mapping state; `Data` runs are contiguous in the file too.
+/// Where a compressed cluster lies in the image's own file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Compressed {
+    /// Byte offset of the first byte of the stream; any alignment.
+    pub at: u64,
+    /// Bytes from there that hold all of the stream; others' bytes may follow in them. Inside the file, and at most twice a
+    /// cluster.
+    pub len: u64,
+    /// How it is compressed.
+    pub codec: Codec,
+    /// Bytes from the start of the guest cluster to the first byte asked.
+    pub skip: u64,
+}
+
+/// A run of guest bytes in one mapping state; `Data` and `Shared` runs are contiguous in the file too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
     /// Of the first byte asked.
@@ -56,6 +78,18 @@ pub enum Room {
     Data,
     /// None: the units will read as zeros.
     Zero,
+    /// A new place for one whole cluster whose units are `Shared` or `Compressed` (or absent, or zero). The caller writes there
+    /// what the `Shared` and `Compressed` ones hold, each at its offset inside the cluster; the others stay what they are.
+    Copy,
+}
+
+/// What a format can do beyond linking absent units.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Abilities {
+    /// [`Room::Zero`] can be had; else zeros are written out as data.
+    pub zero: bool,
+    /// [`Room::Zero`] may be committed over data, by whole clusters, which frees them; else data is zeroed in place.
+    pub unlink: bool,
 }
 
 /// Which units a commit may change.
@@ -63,7 +97,8 @@ pub enum Room {
 pub enum CommitMode {
     /// Units still absent (a fill).
     IfAbsent,
-    /// Absent and zero units (a guest write). Linking over data is a bug of the caller: data is written in place.
+    /// Absent and zero units (a guest write); whole clusters that are shared or compressed; with [`Room::Zero`], whole clusters of
+    /// data where the format can unlink. Linking data over data is a bug of the caller: data is written in place.
     Overwrite,
 }
 
@@ -92,9 +127,16 @@ pub trait Mapper: Send + Sync + 'static {
 
 /// Changes the map of an image that is open for writing.
 pub trait WritableMapper: Mapper {
+    /// What the format can do. Does not change while the image is open.
+    fn abilities(&self) -> Abilities;
+
     /// Sets room aside for the units from `offset`, `len` bytes in all (both multiples of the fill unit, but for a `len` that
     /// ends at the end of the image rounded up). The reservation may be shorter than asked: it is contiguous in
     /// the file, and at least one unit. Tables that a commit will touch are read and held, so that commit cannot fail.
+    ///
+    /// Where units of a cluster can change their mapping apart (subclusters), reservations for different units of one
+    /// cluster may be held at once. Over shared and compressed units, and over data, `offset` and `len` are whole
+    /// clusters (but for the end of the image); a reservation never mixes them with units that are written by parts.
     ///
     /// # Errors
     /// `NoSpace` (nothing changed), `Corrupt`, `Io`.
@@ -109,6 +151,10 @@ pub trait WritableMapper: Mapper {
     /// Bytes of data whose links are committed but not yet written to the file.
     fn unlinked_bytes(&self) -> u64;
 
+    /// Clusters that no link names any more, neither in memory nor on the disk after power loss. Each is handed out once;
+    /// asked after a flush.
+    fn take_unlinked(&self) -> Option<Unlinked>;
+
     /// Takes the dirty mark off where nothing is in flight or left to reclaim (after a durable flush of its own). Called
     /// when the image was idle for a while; the next allocation sets the mark again. Guest reads and in-place writes
     /// go on meanwhile, so no linked cluster is moved here: where only moving would free a hole, the mark stays.
@@ -120,6 +166,22 @@ pub trait WritableMapper: Mapper {
     /// Begins to reclaim in the background what a crash left unlinked, if the image was found dirty; allocation appends
     /// meanwhile. Returns at once when there is nothing to do.
     fn reclaim(&self) -> BoxFuture<'_, Result<(), FormatError>>;
+}
+
+/// Clusters that nothing links any more. Dropped, they stay out of use until the image is opened again.
+pub struct Unlinked(Box<dyn FnOnce() + Send>);
+
+impl Unlinked {
+    /// Clusters that `reuse` makes free.
+    pub fn new(reuse: impl FnOnce() + Send + 'static) -> Self {
+        Self(Box::new(reuse))
+    }
+
+    /// They may be used again: every read, and every write in place, that had looked one of them up before
+    /// [`WritableMapper::take_unlinked`] answered has ended.
+    pub fn reuse(self) {
+        (self.0)();
+    }
 }
 
 /// Room that is set aside and not yet linked. Dropped, it is given back.

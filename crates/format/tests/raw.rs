@@ -39,7 +39,7 @@ fn every_byte_is_where_it_is() {
 fn flush_is_sync() {
     block_on(async {
         let file = Arc::new(SimFile::from_bytes(&[0; 4096]));
-        let mapper = raw().open_writable(file.clone(), TokioRuntime::current()).await.unwrap();
+        let mapper = raw().open_writable(file.clone(), None, TokioRuntime::current()).await.unwrap();
         mapper.flush(Durability::Linked).await.unwrap();
         assert_eq!(file.sync_count(), 0);
         mapper.flush(Durability::Durable).await.unwrap();
@@ -56,17 +56,17 @@ fn create_and_refusals() {
         let sim = Arc::new(SimFile::from_bytes(&[9; 100]));
         let file: Arc<dyn Storage> = sim.clone();
         let spec = CreateSpec { size: 1000, ..CreateSpec::default() };
-        raw().create(&file, &spec).await.unwrap();
+        raw().create(&file, None, &spec).await.unwrap();
         assert_eq!(sim.contents(), vec![0; 1024]);
         let with_option = CreateSpec { options: vec![("bogus".into(), None)], ..spec.clone() };
         assert_eq!(
-            raw().create(&file, &with_option).await.unwrap_err().to_string(),
+            raw().create(&file, None, &with_option).await.unwrap_err().to_string(),
             "Invalid parameter 'bogus'"
         );
         let with_backing =
             CreateSpec { backing: Some(BackingRef { name: "b".into(), format: None }), ..spec };
         assert_eq!(
-            raw().create(&file, &with_backing).await.unwrap_err().to_string(),
+            raw().create(&file, None, &with_backing).await.unwrap_err().to_string(),
             "Backing file not supported for file format 'raw'"
         );
         let reader: Arc<dyn ReadAt> = sim.clone();

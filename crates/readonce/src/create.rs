@@ -208,7 +208,7 @@ async fn create(image: &str, driver: &dyn Driver, wanted: Wanted, args: &Args) -
         println!("{}", announcement(image, driver, &spec, wanted.backing_format.as_deref()));
     }
     let rehearsal: Arc<dyn Storage> = Arc::new(Rehearsal);
-    driver.create(&rehearsal, &spec).await.map_err(|error| Failure::new(error.to_string()))?;
+    driver.create(&rehearsal, None, &spec).await.map_err(|error| Failure::new(error.to_string()))?;
     write(&place, driver, &spec).await?;
     Ok(ExitCode::SUCCESS)
 }
@@ -283,7 +283,7 @@ async fn write(place: &Path, driver: &dyn Driver, spec: &CreateSpec) -> Result<(
     let file = Arc::new(file);
     let _lock = look::locked(&file, Access::Write).map_err(|error| Failure::new(error.to_string()))?;
     let storage: Arc<dyn Storage> = file.clone();
-    if let Err(error) = driver.create(&storage, spec).await {
+    if let Err(error) = driver.create(&storage, None, spec).await {
         if !was_there {
             let _ = std::fs::remove_file(place);
         }

@@ -158,11 +158,12 @@ async fn make(image: &Path, origin: &FaultyOrigin) -> Result<(), Failure> {
         backing: Some(BackingRef { name: place.stored_name(), format: Some("raw".to_owned()) }),
         options: vec![("copy_on_read".to_owned(), None)],
         pin: Some(Pin { validator: opened.validator(), len: opened.len() }),
+        data_file: None,
     };
     let file = LocalFile::open(image, OpenMode::CreateNew).map_err(|error| failed("the image", error))?;
     let file: Arc<dyn Storage> = Arc::new(file);
     let qed = driver("qed").ok_or_else(|| failed("the image", "there is no driver for QED"))?;
-    qed.create(&file, &spec).await.map_err(|error| failed("the image", error))
+    qed.create(&file, None, &spec).await.map_err(|error| failed("the image", error))
 }
 
 async fn serve(image: &Path, folder: &Path) -> Result<Session, Failure> {

@@ -135,7 +135,10 @@ impl Map<'_> {
                 return Ok(self.raw_entry(entry, extent.mapping));
             }
             match extent.mapping {
-                Mapping::Data(offset) => return Ok(Entry { offset: Some(offset), ..entry }),
+                Mapping::Data(offset) | Mapping::Shared(offset) => {
+                    return Ok(Entry { offset: Some(offset), ..entry });
+                }
+                Mapping::Compressed(_) => return Ok(entry),
                 Mapping::Zero => return Ok(Entry { zero: true, ..entry }),
                 Mapping::Absent => {}
             }

@@ -138,7 +138,7 @@ impl Step {
         let storage: Arc<dyn Storage> = file;
         self.pin_what_it_fills_from(shared, &storage, driver, &mut description).await?;
         let mapper = driver
-            .open_writable(Arc::clone(&storage), Arc::clone(&shared.rt))
+            .open_writable(Arc::clone(&storage), None, Arc::clone(&shared.rt))
             .await
             .map_err(|error| failed(error.to_string()))?;
         let backing = self.next(shared, &description)?;

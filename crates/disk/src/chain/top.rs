@@ -155,7 +155,7 @@ impl Opening {
         }
         let backing = self.pinned_backing(&storage, driver, &mut description).await?;
         let mapper = driver
-            .open_writable(Arc::clone(&storage), Arc::clone(&self.shared.rt))
+            .open_writable(Arc::clone(&storage), None, Arc::clone(&self.shared.rt))
             .await
             .map_err(|error| self.failed(error))?;
         self.shared.opened(self.locator.printable(), driver.name(), true);

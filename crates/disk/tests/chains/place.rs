@@ -68,7 +68,7 @@ impl Place {
         let backing =
             spec.backing.map(|(name, format)| BackingRef { name: name.into(), format: Some(format.into()) });
         let spec = CreateSpec { size: spec.size, backing, options, pin: None };
-        qed().create(&file, &spec).await.expect("the image is made");
+        qed().create(&file, None, &spec).await.expect("the image is made");
     }
 
     pub async fn try_open(&self, name: &str, options: ChainOptions) -> Result<Opened, OpenError> {

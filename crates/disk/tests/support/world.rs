@@ -43,7 +43,7 @@ pub async fn open(
     exec: &Arc<Exec>,
     copy_on_read: bool,
 ) -> Arc<Image> {
-    let mapper = qed().open_writable(Arc::clone(&file), exec.rt()).await.expect("the image opens");
+    let mapper = qed().open_writable(Arc::clone(&file), None, exec.rt()).await.expect("the image opens");
     let image = Image::new(mapper, file, Some(backing), exec.rt(), ImageOptions { copy_on_read });
     image.start_reclaim();
     image

@@ -45,6 +45,7 @@ pub(super) async fn count(file: &dyn ReadAt, layout: &Layout) -> Result<(CheckRe
         allocated_clusters: scanned.allocated,
         fragmented_clusters: scanned.fragmented,
         image_end_offset: None,
+        compressed_clusters: 0,
     };
     Ok((report, scanned))
 }

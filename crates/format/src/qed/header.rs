@@ -163,6 +163,9 @@ impl Header {
             only_readonce_wrote: fields.autoclear_features.get() & AUTOCLEAR_ONLY_READONCE != 0,
             dirty: self.need_check(),
             header_bytes_max: self.bytes_free(),
+            data_file: None,
+            details: Vec::new(),
+            snapshots: Vec::new(),
         }
     }
 

@@ -57,6 +57,7 @@ impl Driver for Qed {
     fn create<'a>(
         &self,
         file: &'a Arc<dyn Storage>,
+        _: Option<&'a Arc<dyn Storage>>,
         spec: &'a CreateSpec,
     ) -> BoxFuture<'a, Result<(), FormatError>> {
         Box::pin(create::create(file, spec))
@@ -76,6 +77,7 @@ impl Driver for Qed {
     fn open_writable(
         &self,
         file: Arc<dyn Storage>,
+        _: Option<Arc<dyn Storage>>,
         rt: Rt,
     ) -> BoxFuture<'static, Result<Arc<dyn WritableMapper>, FormatError>> {
         Box::pin(async move {

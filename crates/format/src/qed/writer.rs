@@ -26,8 +26,8 @@ use super::{
     tables::{Pin, Tables},
 };
 use crate::{
-    CommitMode, Durability, Extent, FormatError, Geometry, Mapper, Reservation, Room, WritableMapper,
-    mapper::ReservationHolder, number::index,
+    Abilities, CommitMode, Durability, Extent, FormatError, Geometry, Mapper, Reservation, Room, Unlinked,
+    WritableMapper, mapper::ReservationHolder, number::index,
 };
 
 /// New tables of different ranges wait for each other only by chance.
@@ -130,6 +130,9 @@ impl Core {
         }
         let mut len = crate::number::bytes(good) * cluster_size;
         let mut run = None;
+        if room == Room::Copy {
+            return Err(FormatError::Invalid("a QED cluster is never shared".into()));
+        }
         if room == Room::Data {
             let taken = self.clusters.take(len, Fit::AtMost);
             self.clusters.make_room(&taken).await?;
@@ -249,6 +252,11 @@ impl Mapper for Writer {
 }
 
 impl WritableMapper for Writer {
+    fn abilities(&self) -> Abilities {
+        // An entry never goes back from data to the zero marker: QEMU's own rule.
+        Abilities { zero: true, unlink: false }
+    }
+
     fn prepare(&self, offset: u64, len: u64, room: Room) -> BoxFuture<'_, Result<Reservation, FormatError>> {
         Box::pin(self.core.clone().prepare(offset, len, room))
     }
@@ -262,6 +270,10 @@ impl WritableMapper for Writer {
 
     fn unlinked_bytes(&self) -> u64 {
         self.core.flusher.links.data_bytes()
+    }
+
+    fn take_unlinked(&self) -> Option<Unlinked> {
+        None
     }
 
     fn settle(&self) -> BoxFuture<'_, Result<(), FormatError>> {

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use readonce_storage::{BoxFuture, ReadAt, Rt, Storage};
 
 use crate::{
-    Driver, Durability, Extent, FormatError, Geometry, Mapper, Mapping, Reservation, Room, WritableMapper,
+    Abilities, Driver, Durability, Extent, FormatError, Geometry, Mapper, Mapping, Reservation, Room,
+    Unlinked, WritableMapper,
     driver::{CheckReport, CreateSpec, Description, HeaderChange, OptionSpec, Repair},
     number::round_up,
 };
@@ -74,6 +75,10 @@ impl<F: ReadAt + ?Sized> Mapper for RawMapper<F> {
 }
 
 impl WritableMapper for RawMapper<dyn Storage> {
+    fn abilities(&self) -> Abilities {
+        Abilities { zero: false, unlink: false }
+    }
+
     fn prepare(&self, _: u64, _: u64, _: Room) -> BoxFuture<'_, Result<Reservation, FormatError>> {
         Box::pin(async {
             Err(FormatError::Unsupported("a raw image has no room to set aside: all of it is data".into()))
@@ -91,6 +96,10 @@ impl WritableMapper for RawMapper<dyn Storage> {
 
     fn unlinked_bytes(&self) -> u64 {
         0
+    }
+
+    fn take_unlinked(&self) -> Option<Unlinked> {
+        None
     }
 
     fn settle(&self) -> BoxFuture<'_, Result<(), FormatError>> {
@@ -122,6 +131,7 @@ impl Driver for Raw {
     fn create<'a>(
         &self,
         file: &'a Arc<dyn Storage>,
+        _: Option<&'a Arc<dyn Storage>>,
         spec: &'a CreateSpec,
     ) -> BoxFuture<'a, Result<(), FormatError>> {
         Box::pin(async move {
@@ -151,6 +161,9 @@ impl Driver for Raw {
                 only_readonce_wrote: false,
                 dirty: false,
                 header_bytes_max: 0,
+                data_file: None,
+                details: Vec::new(),
+                snapshots: Vec::new(),
             })
         })
     }
@@ -165,6 +178,7 @@ impl Driver for Raw {
     fn open_writable(
         &self,
         file: Arc<dyn Storage>,
+        _: Option<Arc<dyn Storage>>,
         _: Rt,
     ) -> BoxFuture<'static, Result<Arc<dyn WritableMapper>, FormatError>> {
         Box::pin(async move {

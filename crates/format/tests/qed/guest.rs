@@ -44,7 +44,7 @@ pub fn spec(shape: &Shape) -> CreateSpec {
 pub async fn create(shape: &Shape) -> Arc<SimFile> {
     let file = Arc::new(SimFile::new());
     let storage: Arc<dyn Storage> = file.clone();
-    qed().create(&storage, &spec(shape)).await.unwrap();
+    qed().create(&storage, None, &spec(shape)).await.unwrap();
     file
 }
 
@@ -150,7 +150,7 @@ pub fn random_op(rng: &mut SmallRng, shape: &Shape) -> Op {
 
 impl Guest {
     pub async fn open(file: Arc<dyn Storage>, model: Model) -> Result<Self, FormatError> {
-        let mapper = qed().open_writable(file.clone(), TokioRuntime::current()).await?;
+        let mapper = qed().open_writable(file.clone(), None, TokioRuntime::current()).await?;
         Ok(Self { file, mapper, model, next_tag: 1 })
     }
 

@@ -43,7 +43,7 @@ async fn use_it(bytes: &[u8]) {
             }
         }
     }
-    if let Ok(mapper) = qed().open_writable(storage.clone(), TokioRuntime::current()).await {
+    if let Ok(mapper) = qed().open_writable(storage.clone(), None, TokioRuntime::current()).await {
         let _ = mapper.reclaim().await;
         for cluster in [0, 1, 7, 300, 511, 700] {
             let offset = cluster * mapper.geometry().cluster_size;
@@ -198,7 +198,7 @@ fn a_write_never_goes_into_a_table() {
             };
             bytes[table as usize..][..8].copy_from_slice(&u64::to_le_bytes(evil));
             let file: Arc<dyn Storage> = Arc::new(SimFile::from_bytes(&bytes));
-            let mapper = qed().open_writable(file, TokioRuntime::current()).await.unwrap();
+            let mapper = qed().open_writable(file, None, TokioRuntime::current()).await.unwrap();
             let error = mapper.lookup(0, 512).await.unwrap_err();
             assert!(matches!(error, FormatError::Corrupt { .. }), "{target}: {error}");
             let error = mapper.prepare(0, 4096, readonce_format::Room::Data).await;
@@ -218,7 +218,7 @@ fn tables_that_overlap_are_not_opened_for_writing() {
             // The guest's size does not use entry 7.
             bytes[48..56].copy_from_slice(&(32_u64 << 20).to_le_bytes());
             let file: Arc<dyn Storage> = Arc::new(SimFile::from_bytes(&bytes));
-            let error = qed().open_writable(file, TokioRuntime::current()).await.err().unwrap();
+            let error = qed().open_writable(file, None, TokioRuntime::current()).await.err().unwrap();
             assert!(error.to_string().contains("must not share a cluster"), "{error}");
         }
     });
@@ -249,7 +249,7 @@ fn an_entry_past_the_end_stays_wrong_when_the_file_grows() {
             bytes[table + cluster * 8..][..8].copy_from_slice(&past.to_le_bytes());
         }
         let file: Arc<dyn Storage> = Arc::new(SimFile::from_bytes(&bytes));
-        let mapper = qed().open_writable(file.clone(), TokioRuntime::current()).await.unwrap();
+        let mapper = qed().open_writable(file.clone(), None, TokioRuntime::current()).await.unwrap();
         for _ in 0..2 {
             for cluster in 40..60 {
                 let room = mapper.prepare(cluster * 4096, 4096, readonce_format::Room::Data).await.unwrap();
@@ -270,7 +270,7 @@ fn an_entry_past_the_end_stays_wrong_when_its_slice_is_read_again() {
     let shape = Shape { cluster_size: 4096, table_size: 16, size: 128 << 30, backing: false };
     block_on(async {
         let file = crate::guest::create(&shape).await;
-        let open = || qed().open_writable(file.clone(), TokioRuntime::current());
+        let open = || qed().open_writable(file.clone(), None, TokioRuntime::current());
         let link = async |mapper: &dyn readonce_format::WritableMapper, cluster: u64| {
             let room = mapper.prepare(cluster * 4096, 4096, readonce_format::Room::Data).await.unwrap();
             room.commit(readonce_format::CommitMode::IfAbsent);

@@ -347,7 +347,7 @@ fn every_legal_shape_works() {
             block_on(async {
                 let file = create(&shape).await;
                 let mapper = qed()
-                    .open_writable(file.clone(), readonce_storage::TokioRuntime::current())
+                    .open_writable(file.clone(), None, readonce_storage::TokioRuntime::current())
                     .await
                     .unwrap();
                 let room = mapper.prepare(cluster_size, cluster_size * 2, Room::Data).await.unwrap();
@@ -382,7 +382,7 @@ fn the_largest_image_costs_no_memory() {
     block_on(async {
         let file = create(&shape).await;
         let mapper =
-            qed().open_writable(file.clone(), readonce_storage::TokioRuntime::current()).await.unwrap();
+            qed().open_writable(file.clone(), None, readonce_storage::TokioRuntime::current()).await.unwrap();
         let mut rng = rng(5);
         for _ in 0..300 {
             let cluster = rng.random_range(0..shape.size / 65536);
@@ -446,7 +446,7 @@ fn slices_are_lost_and_read_again_under_many_threads() {
     runtime.block_on(async {
         let file = create(&shape).await;
         let mapper =
-            qed().open_writable(file.clone(), readonce_storage::TokioRuntime::current()).await.unwrap();
+            qed().open_writable(file.clone(), None, readonce_storage::TokioRuntime::current()).await.unwrap();
         let mut tasks = Vec::new();
         for thread in 0..4_u64 {
             let mapper = mapper.clone();
@@ -512,7 +512,7 @@ fn a_table_for_every_two_gib() {
         file.set_len(first + tables * 262144).await.unwrap();
         let ops = file.op_count();
         let mapper =
-            qed().open_writable(file.clone(), readonce_storage::TokioRuntime::current()).await.unwrap();
+            qed().open_writable(file.clone(), None, readonce_storage::TokioRuntime::current()).await.unwrap();
         // The header, and the part of the L1 table that the guest's size uses, by slices.
         assert_eq!(file.op_count() - ops, 1 + tables / 512);
         let mut rng = rng(9);

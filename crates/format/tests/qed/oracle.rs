@@ -237,7 +237,7 @@ fn what_qemu_img_says_of_our_image() {
                 ],
                 pin: Some(readonce_format::driver::Pin { validator: vec![7; 1024], len: 999 }),
             };
-            qed().create(&storage, &spec).await.unwrap();
+            qed().create(&storage, None, &spec).await.unwrap();
             folder.save(&file);
             let info = ok("qemu-img", &["info", "-f", "qed", text(&folder.image())]);
             assert!(info.contains("1 KiB (1024 bytes)"), "{info}");
@@ -258,7 +258,7 @@ fn what_qemu_img_says_of_our_image() {
                 assert!(ours.copy_on_read && !ours.only_readonce_wrote);
                 assert_eq!(ours.pin, spec.pin);
                 spec.size = 0;
-                qed().create(&storage, &spec).await.unwrap();
+                qed().create(&storage, None, &spec).await.unwrap();
                 folder.save(&file);
                 ok("qemu-img", &["check", "-f", "qed", text(&folder.image())]);
             }
@@ -403,7 +403,7 @@ fn a_file_of_this_machine() {
         let mode = readonce_storage::OpenMode::CreateNew;
         let file: Arc<dyn Storage> =
             Arc::new(readonce_storage::LocalFile::open(folder.image(), mode).unwrap());
-        qed().create(&file, &crate::guest::spec(&shape)).await.unwrap();
+        qed().create(&file, None, &crate::guest::spec(&shape)).await.unwrap();
         let mut rng = rng(77);
         let mut model = Model::new(shape);
         for round in 0..3 {

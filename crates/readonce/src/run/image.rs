@@ -117,6 +117,7 @@ async fn make(
         backing: Some(BackingRef { name: place.stored_name(), format: Some(below.name().to_owned()) }),
         options: vec![("copy_on_read".to_owned(), None)],
         pin: (!may_be_filled).then(|| Pin { validator: origin.validator(), len: origin.len() }),
+        data_file: None,
     };
     create(image, &spec).await
 }
@@ -127,7 +128,7 @@ async fn create(image: &Path, spec: &CreateSpec) -> Result<(), Failure> {
     let qed = driver("qed").ok_or_else(|| failed("there is no driver for QED".to_owned()))?;
     let file = LocalFile::open(image, OpenMode::CreateNew).map_err(|error| failed(error.to_string()))?;
     let file: Arc<dyn Storage> = Arc::new(file);
-    let created = qed.create(&file, spec).await;
+    let created = qed.create(&file, None, spec).await;
     if created.is_err() {
         let _ = std::fs::remove_file(image);
     }
