@@ -67,7 +67,7 @@ impl Place {
         }
         let backing =
             spec.backing.map(|(name, format)| BackingRef { name: name.into(), format: Some(format.into()) });
-        let spec = CreateSpec { size: spec.size, backing, options, pin: None };
+        let spec = CreateSpec { size: spec.size, backing, options, pin: None, data_file: None };
         qed().create(&file, None, &spec).await.expect("the image is made");
     }
 
@@ -99,6 +99,8 @@ impl Place {
             letters.push(match extent.mapping {
                 Mapping::Absent => '.',
                 Mapping::Data(_) => 'D',
+                Mapping::Shared(_) => 'S',
+                Mapping::Compressed(_) => 'C',
                 Mapping::Zero => 'Z',
             });
             at += geometry.fill_unit;

@@ -25,8 +25,9 @@ pub async fn create(file: &Arc<dyn Storage>, size: u64, cluster_size: u64) {
             ("table_size".into(), Some("1".into())),
         ],
         pin: None,
+        data_file: None,
     };
-    qed().create(file, &spec).await.expect("the image is made");
+    qed().create(file, None, &spec).await.expect("the image is made");
 }
 
 /// The origin as a source.
