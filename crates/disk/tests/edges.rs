@@ -314,6 +314,7 @@ mod chains {
             backing: Some(BackingRef { name: backing.into(), format: Some(format.into()) }),
             options: vec![("copy_on_read".into(), Some(if copy_on_read { "on" } else { "off" }.into()))],
             pin,
+            data_file: None,
         };
         driver("qed").expect("known").create(&file, None, &spec).await.expect("made");
     }

@@ -197,6 +197,7 @@ impl Guest {
                         return Err(error.into());
                     }
                 }
+                Mapping::Shared(_) | Mapping::Compressed(_) => panic!("QED has neither"),
                 Mapping::Absent | Mapping::Zero => {
                     let room = self.mapper.prepare(cluster * cluster_size, cluster_size, Room::Data).await?;
                     let mut whole = self.old_bytes(cluster);
@@ -227,6 +228,7 @@ impl Guest {
                         return Err(error.into());
                     }
                 }
+                Mapping::Shared(_) | Mapping::Compressed(_) => panic!("QED has neither"),
                 Mapping::Absent | Mapping::Zero => {
                     let room = self.mapper.prepare(guest, cluster_size, Room::Zero).await?;
                     room.commit(CommitMode::Overwrite);
@@ -316,6 +318,7 @@ pub async fn read_all<M: Mapper + ?Sized, F: ReadAt + ?Sized>(
         match extent.mapping {
             Mapping::Absent => tags.extend(sectors.map(|sector| backing_tag(shape, sector))),
             Mapping::Zero => tags.extend(sectors.map(|_| 0)),
+            Mapping::Shared(_) | Mapping::Compressed(_) => panic!("QED has neither"),
             Mapping::Data(at) => {
                 let bytes = file.read(at, extent.len as usize).await?;
                 tags.extend(bytes.chunks(512).map(tag_of));

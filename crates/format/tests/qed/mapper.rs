@@ -22,6 +22,7 @@ async fn drawn(mapper: &dyn Mapper, clusters: std::ops::Range<u64>) -> String {
         out.push(match extent.mapping {
             Mapping::Absent => '.',
             Mapping::Zero => 'Z',
+            Mapping::Shared(_) | Mapping::Compressed(_) => panic!("QED has neither"),
             Mapping::Data(_) => 'D',
         });
     }
