@@ -38,6 +38,7 @@ pub fn spec(shape: &Shape) -> CreateSpec {
             ("table_size".into(), Some(shape.table_size.to_string())),
         ],
         pin: shape.backing.then(|| Pin { validator: b"etag".to_vec(), len: shape.size }),
+        data_file: None,
     }
 }
 

@@ -236,6 +236,7 @@ fn what_qemu_img_says_of_our_image() {
                     ("cluster_size".into(), Some(cluster_size.to_string())),
                 ],
                 pin: Some(readonce_format::driver::Pin { validator: vec![7; 1024], len: 999 }),
+                data_file: None,
             };
             qed().create(&storage, None, &spec).await.unwrap();
             folder.save(&file);
