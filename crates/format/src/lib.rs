@@ -16,6 +16,7 @@ pub mod driver;
 pub mod error;
 pub mod mapper;
 mod number;
+pub mod qcow2;
 pub mod qed;
 pub mod raw;
 
