@@ -23,6 +23,10 @@ pub enum FormatError {
     /// What the caller asked cannot be, in the caller's words (a bad option, a size out of range).
     #[error("{0}")]
     Invalid(String),
+    /// The units lie in a cluster whose place something else shows too (an internal snapshot), though they themselves hold
+    /// nothing there: no room for them alone. Ask for [`Room::Copy`](crate::Room::Copy) of the cluster, commit it, ask again.
+    #[error("the cluster is shared with a snapshot and must be copied first")]
+    CopyFirst,
     /// No room in the file system. Nothing changed; may be tried again.
     #[error("{0}")]
     NoSpace(#[source] io::Error),

@@ -3,6 +3,7 @@
 //! - `mapper`: the traits [`Mapper`] and [`WritableMapper`], and what they speak in.
 //! - `codec`: compressed clusters.
 //! - `driver`: the trait [`Driver`] of a format as a whole, and the list of formats.
+//! - `cache`, `clusters`, `rounds`: parts that formats with clusters and tables share.
 //! - One folder for each format.
 //!
 //! A driver does metadata I/O only, through the byte traits of `readonce-storage`. It moves no guest data, knows
@@ -11,6 +12,8 @@
 #![deny(clippy::unwrap_used, clippy::indexing_slicing, clippy::as_conversions)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::as_conversions))]
 
+mod cache;
+mod clusters;
 pub mod codec;
 pub mod driver;
 pub mod error;
@@ -19,6 +22,7 @@ mod number;
 pub mod qcow2;
 pub mod qed;
 pub mod raw;
+mod rounds;
 
 pub use driver::Driver;
 pub use error::FormatError;

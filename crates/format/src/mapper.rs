@@ -138,8 +138,12 @@ pub trait WritableMapper: Mapper {
     /// cluster may be held at once. Over shared and compressed units, and over data, `offset` and `len` are whole
     /// clusters (but for the end of the image); a reservation never mixes them with units that are written by parts.
     ///
+    /// Reservations for the same unit may name the same room: only the unit's owner writes there, and lets go of what the
+    /// others hold.
+    ///
     /// # Errors
-    /// `NoSpace` (nothing changed), `Corrupt`, `Io`.
+    /// `NoSpace` (nothing changed); `CopyFirst`, where units that are absent or zero share their cluster with units that are
+    /// `Shared` (the whole cluster is to be copied before); `Corrupt`, `Io`.
     fn prepare(&self, offset: u64, len: u64, room: Room) -> BoxFuture<'_, Result<Reservation, FormatError>>;
 
     /// Orders and writes what was committed before the call. Concurrent calls share rounds where they can.

@@ -15,9 +15,8 @@
 //!
 //! Not here: data.
 
-use std::{collections::BTreeMap, io, ops::Range, sync::Arc};
+use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
-use parking_lot::Mutex;
 use readonce_storage::Storage;
 
 use super::{
@@ -25,28 +24,7 @@ use super::{
     links::{Links, SECTOR_ENTRIES, SliceLinks, TableLink},
     tables::Tables,
 };
-use crate::{Durability, FormatError};
-
-/// Results of rounds that are kept for callers that have not looked yet.
-const RESULTS_MAX: usize = 64;
-
-/// The rounds of one image.
-#[derive(Default)]
-pub(super) struct Rounds {
-    state: Mutex<State>,
-    /// Held by the round that runs.
-    run: tokio::sync::Mutex<()>,
-}
-
-#[derive(Default)]
-struct State {
-    /// Rounds begun.
-    begun: u64,
-    /// The last round that somebody wants durable.
-    durable: u64,
-    /// Rounds done, and how they ended.
-    results: BTreeMap<u64, Option<FormatError>>,
-}
+use crate::{Durability, FormatError, rounds::Rounds};
 
 /// What a round works on.
 pub(super) struct Flusher {
@@ -59,34 +37,7 @@ pub(super) struct Flusher {
 impl Flusher {
     /// Runs a round, or shares one that begins after this call.
     pub(super) async fn flush(&self, durability: Durability) -> Result<(), FormatError> {
-        let wanted = {
-            let mut state = self.rounds.state.lock();
-            let wanted = state.begun + 1;
-            if durability == Durability::Durable {
-                state.durable = wanted;
-            }
-            wanted
-        };
-        let _run = self.rounds.run.lock().await;
-        let (round, durability) = {
-            let mut state = self.rounds.state.lock();
-            if let Some(result) = state.results.get(&wanted) {
-                return result.as_ref().map_or(Ok(()), |error| Err(copy(error)));
-            }
-            state.begun += 1;
-            // A round whose future was cancelled left no result; this one does its work.
-            let durable = state.durable >= wanted;
-            (state.begun, if durable { Durability::Durable } else { Durability::Linked })
-        };
-        let result = self.round(durability).await;
-        let mut state = self.rounds.state.lock();
-        for done in wanted..=round {
-            state.results.insert(done, result.as_ref().err().map(copy));
-        }
-        while state.results.len() > RESULTS_MAX {
-            state.results.pop_first();
-        }
-        result
+        self.rounds.run(durability, |durability| self.round(durability)).await
     }
 
     async fn round(&self, durability: Durability) -> Result<(), FormatError> {
@@ -169,16 +120,4 @@ fn touched(entries: &BTreeMap<u64, u64>) -> Vec<Range<u64>> {
         }
     }
     runs
-}
-
-/// The same error for another caller of the round.
-fn copy(error: &FormatError) -> FormatError {
-    let again = |error: &io::Error| io::Error::new(error.kind(), error.to_string());
-    match error {
-        FormatError::NoSpace(error) => FormatError::NoSpace(again(error)),
-        FormatError::Io(error) => FormatError::Io(again(error)),
-        FormatError::Corrupt { field, value, limit } => FormatError::corrupt(field, value, limit),
-        FormatError::Unsupported(message) => FormatError::Unsupported(message.clone()),
-        FormatError::Invalid(message) => FormatError::Invalid(message.clone()),
-    }
 }

@@ -1,16 +1,14 @@
 //! QED: QEMU's enhanced disk format, from its published specification.
 //!
 //! - `header`, `record`, `layout`: what lies where in the file, and which values are valid.
-//! - `slice`, `cache`, `tables`: the tables in memory; `reader`: an image open for reading.
-//! - `writer`: an image open for writing; `alloc`: space in the file, `links`: what is linked in memory and not yet on disk,
+//! - `slice`, `tables`: the tables in memory; `reader`: an image open for reading.
+//! - `writer`: an image open for writing; `links`: what is linked in memory and not yet on disk,
 //!   `flush`: how it gets there, `mark`: NEED_CHECK, `reclaim`: what a crash left.
 //! - `create`, `change`: a new image, a changed header. `scan`, `check`, `repair`: an image as a whole.
 //!
 //! Extensions that the specification leaves room for, and that QEMU keeps or clears by the rules for unknown bits: compat bit
 //! 0x01, copy-on-read is the image's default; compat bit 0x02 with autoclear bit 0x01, a pin (`record`).
 
-mod alloc;
-mod cache;
 mod change;
 mod check;
 mod create;

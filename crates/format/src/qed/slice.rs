@@ -13,7 +13,7 @@ use std::{
 
 use super::layout::{ENTRY_BYTES, Layout, SLICE_BYTES, SLICE_ENTRIES};
 use crate::{
-    Extent, FormatError, Mapping,
+    Extent, FormatError, Mapping, cache,
     number::{bytes, index},
 };
 
@@ -65,6 +65,12 @@ pub(super) struct Slice {
     entries: Box<[AtomicU64; ENTRIES]>,
     /// What the file holds where an entry is `Bad`.
     bad: BTreeMap<u64, u64>,
+}
+
+impl cache::Slice for Slice {
+    fn index(&self) -> u64 {
+        self.index
+    }
 }
 
 impl Slice {

@@ -19,11 +19,10 @@ use parking_lot::{Mutex, RwLock};
 use readonce_storage::ReadAt;
 
 use super::{
-    cache::Cache,
     layout::{Layout, SLICE_BYTES, SLICE_ENTRIES},
     slice::{Entry, Slice},
 };
-use crate::{Extent, FormatError, Geometry, Mapping, number::index};
+use crate::{Extent, FormatError, Geometry, Mapping, cache::Cache, number::index};
 
 const SHARDS: usize = 64;
 
@@ -46,7 +45,7 @@ pub(super) struct Tables {
     pub(super) layout: Layout,
     l1: Box<[OnceLock<Slice>]>,
     l1_load: tokio::sync::Mutex<()>,
-    cache: Cache,
+    cache: Cache<Slice>,
     shards: Box<[Shard]>,
     known: RwLock<Known>,
 }

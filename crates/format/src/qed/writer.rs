@@ -14,8 +14,7 @@ use parking_lot::Mutex;
 use readonce_storage::{BoxFuture, Rt, Storage};
 
 use super::{
-    alloc::{Clusters, Fit, Run},
-    flush::{Flusher, Rounds},
+    flush::Flusher,
     header::Header,
     layout::{SLICE_BYTES, SLICE_ENTRIES},
     links::Links,
@@ -27,7 +26,11 @@ use super::{
 };
 use crate::{
     Abilities, CommitMode, Durability, Extent, FormatError, Geometry, Mapper, Reservation, Room, Unlinked,
-    WritableMapper, mapper::ReservationHolder, number::index,
+    WritableMapper,
+    clusters::{Clusters, Fit, Run},
+    mapper::ReservationHolder,
+    number::index,
+    rounds::Rounds,
 };
 
 /// New tables of different ranges wait for each other only by chance.
@@ -63,7 +66,11 @@ impl Writer {
             rounds: Rounds::default(),
         };
         let core = Core {
-            clusters: Arc::new(Clusters::new(file.clone(), &header.layout)),
+            clusters: Arc::new(Clusters::new(
+                file.clone(),
+                header.layout.cluster_size,
+                header.layout.whole_clusters_end(file.len()),
+            )),
             mark: Arc::new(Mark::new(file.clone(), header.sector)),
             reclaim: Reclaim::new(header.need_check(), header.layout.whole_clusters_end(file.len())),
             table_locks: [const { tokio::sync::Mutex::const_new(()) }; TABLE_LOCKS],
@@ -185,7 +192,7 @@ impl Core {
             Err(error) => return Err(error),
         };
         self.tables.load_l1().await?;
-        self.clusters.reset(layout);
+        self.clusters.reset(layout.whole_clusters_end(self.file.len()));
         Ok(compacted)
     }
 }

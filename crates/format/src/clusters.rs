@@ -12,11 +12,13 @@ use std::{collections::BTreeMap, sync::Arc};
 use parking_lot::Mutex;
 use readonce_storage::{Storage, flat::is_no_space};
 
-use super::layout::Layout;
-use crate::{FormatError, number::bytes};
+use crate::{
+    FormatError,
+    number::{bytes, index},
+};
 
 /// Bytes that are asked of the file system ahead of need.
-pub(super) const WINDOW_BYTES: u64 = 8 << 20;
+pub(crate) const WINDOW_BYTES: u64 = 8 << 20;
 /// Holes that are remembered; further ones are found again when the image is closed.
 const HOLES_MAX: usize = 1 << 16;
 /// Holes that a search looks at, so that it stays short under the lock.
@@ -25,7 +27,7 @@ const HOLES_SEARCHED_MAX: usize = 64;
 const HOLE_CLUSTERS_MIN: u64 = 16;
 
 /// The file's space.
-pub(super) struct Clusters {
+pub(crate) struct Clusters {
     file: Arc<dyn Storage>,
     cluster_size: u64,
     state: Mutex<State>,
@@ -51,7 +53,7 @@ struct State {
 
 /// How a run is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Fit {
+pub(crate) enum Fit {
     /// All of it, or nothing.
     Whole,
     /// A shorter run will do.
@@ -59,20 +61,20 @@ pub(super) enum Fit {
 }
 
 /// Clusters that were handed out. Dropped, they are free again.
-pub(super) struct Run {
+pub(crate) struct Run {
     clusters: Arc<Clusters>,
     /// Byte offset.
-    pub(super) at: u64,
+    pub(crate) at: u64,
     /// Bytes.
-    pub(super) len: u64,
+    pub(crate) len: u64,
     /// Whether the run reads as zeros, since nobody ever wrote it.
-    pub(super) fresh: bool,
+    pub(crate) fresh: bool,
 }
 
 impl Clusters {
-    pub(super) fn new(file: Arc<dyn Storage>, layout: &Layout) -> Self {
+    /// The space of a file whose first `end` bytes may be in use.
+    pub(crate) fn new(file: Arc<dyn Storage>, cluster_size: u64, end: u64) -> Self {
         let file_len = file.len();
-        let end = layout.whole_clusters_end(file_len);
         let state = State {
             end,
             touched_end: file_len,
@@ -82,16 +84,11 @@ impl Clusters {
             holes: BTreeMap::new(),
             forgotten: false,
         };
-        Self {
-            file,
-            cluster_size: layout.cluster_size,
-            state: Mutex::new(state),
-            grow: tokio::sync::Mutex::new(()),
-        }
+        Self { file, cluster_size, state: Mutex::new(state), grow: tokio::sync::Mutex::new(()) }
     }
 
     /// Hands out `len` bytes (a multiple of the cluster size, not 0), or fewer if `fit` allows.
-    pub(super) fn take(self: &Arc<Self>, len: u64, fit: Fit) -> Run {
+    pub(crate) fn take(self: &Arc<Self>, len: u64, fit: Fit) -> Run {
         let mut state = self.state.lock();
         let enough = match fit {
             Fit::Whole => len,
@@ -119,7 +116,7 @@ impl Clusters {
     }
 
     /// Makes sure that writing the run meets no "no space".
-    pub(super) async fn make_room(&self, run: &Run) -> Result<(), FormatError> {
+    pub(crate) async fn make_room(&self, run: &Run) -> Result<(), FormatError> {
         let run_end = run.at + run.len;
         if run.at < self.state.lock().grown_start {
             self.file.allocate(run.at, run.len).await?;
@@ -152,7 +149,7 @@ impl Clusters {
     }
 
     /// These bytes are free: nothing on disk or in memory refers to them.
-    pub(super) fn free(&self, at: u64, len: u64) {
+    pub(crate) fn free(&self, at: u64, len: u64) {
         let mut state = self.state.lock();
         let mut start = at;
         let mut end = at + len;
@@ -175,13 +172,13 @@ impl Clusters {
     }
 
     /// Whether there are free clusters below the end.
-    pub(super) fn has_holes(&self) -> bool {
+    pub(crate) fn has_holes(&self) -> bool {
         let state = self.state.lock();
         state.forgotten || !state.holes.is_empty()
     }
 
     /// Cuts the file where the last cluster in use ends. Nothing may be in flight.
-    pub(super) async fn cut(&self) -> Result<(), FormatError> {
+    pub(crate) async fn cut(&self) -> Result<(), FormatError> {
         let _nobody_grows = self.grow.lock().await;
         let end = self.state.lock().end;
         if self.file.len() > end {
@@ -195,15 +192,15 @@ impl Clusters {
     }
 
     /// Begins anew with what the file is now: others have moved its clusters. Nothing may be in flight.
-    pub(super) fn reset(&self, layout: &Layout) {
-        let fresh = Self::new(self.file.clone(), layout);
+    pub(crate) fn reset(&self, end: u64) {
+        let fresh = Self::new(self.file.clone(), self.cluster_size, end);
         *self.state.lock() = fresh.state.into_inner();
     }
 }
 
 impl Run {
     /// The first `len` bytes are in use from now on; the rest is given back.
-    pub(super) fn keep(mut self, len: u64) {
+    pub(crate) fn keep(mut self, len: u64) {
         let rest = self.len - len;
         if rest > 0 {
             self.clusters.free(self.at + len, rest);
@@ -213,10 +210,10 @@ impl Run {
 
     /// The clusters that `used` names (by their number within the run) are in use from now on; the others are given
     /// back.
-    pub(super) fn keep_each(mut self, used: &[bool]) {
+    pub(crate) fn keep_each(mut self, used: &[bool]) {
         let cluster_size = self.clusters.cluster_size;
         let count = self.len / cluster_size;
-        let unused = (0..count).filter(|&at| !used.get(crate::number::index(at)).copied().unwrap_or(false));
+        let unused = (0..count).filter(|&at| !used.get(index(at)).copied().unwrap_or(false));
         let (clusters, start) = (self.clusters.clone(), self.at);
         assert!(bytes(used.len()) <= count, "a commit links no more than its reservation");
         self.len = 0;
