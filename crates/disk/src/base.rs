@@ -2,31 +2,46 @@
 //!
 //! Nothing is ever written here, and nothing is kept: the image above keeps what it wants.
 
-use std::{ops::Range, sync::Arc};
+use std::{collections::VecDeque, ops::Range, sync::Arc};
 
 use readonce_format::{Mapper, Mapping};
 use readonce_origin::{Class, Origin, Sink};
-use readonce_storage::BoxFuture;
+use readonce_storage::{BoxFuture, ReadAt, Rt};
 
 use crate::{
     LayerError, StatusExtent,
+    compressed::{Clusters, Coming, part_of},
     source::{Source, sink_zeros},
 };
+
+/// Compressed clusters of one request that are decompressed ahead of the one that is handed out.
+const AHEAD_MAX: usize = 64;
 
 /// A read-only layer.
 pub struct Base {
     mapper: Arc<dyn Mapper>,
     data: Arc<dyn Origin>,
+    clusters: Arc<Clusters>,
     backing: Option<Arc<dyn Source>>,
 }
 
+/// Where a base's bytes are.
+pub struct BaseFiles {
+    /// The layer's own file: compressed clusters.
+    pub own: Arc<dyn ReadAt>,
+    /// The file that holds its data; the same, in most images.
+    pub data: Arc<dyn Origin>,
+}
+
 impl Base {
-    /// A layer that `mapper` maps onto `data`, above `backing`.
-    pub fn new(mapper: Arc<dyn Mapper>, data: Arc<dyn Origin>, backing: Option<Arc<dyn Source>>) -> Self {
-        Self { mapper, data, backing }
+    /// A layer that `mapper` maps onto `files`, above `backing`.
+    pub fn new(mapper: Arc<dyn Mapper>, files: BaseFiles, backing: Option<Arc<dyn Source>>, rt: &Rt) -> Self {
+        let clusters = Clusters::new(files.own, mapper.geometry().cluster_size, Arc::clone(rt));
+        Self { mapper, data: files.data, clusters, backing }
     }
 
     async fn fetch_range(&self, range: Range<u64>, class: Class, sink: Sink<'_>) -> Result<(), LayerError> {
+        let mut ahead = VecDeque::new();
         let mut at = range.start;
         while at < range.end {
             let extent = match self.mapper.lookup_now(at, range.end - at) {
@@ -35,7 +50,14 @@ impl Base {
             };
             let part = at..at + extent.len;
             match (extent.mapping, &self.backing) {
-                (Mapping::Compressed(_), _) => return Err(LayerError::compressed()),
+                (Mapping::Compressed(place), _) => {
+                    if ahead.len() == AHEAD_MAX
+                        && let Some(first) = ahead.pop_front()
+                    {
+                        hand_out(first, sink).await?;
+                    }
+                    ahead.push_back((part.clone(), place.skip, self.clusters.start(&place)));
+                }
                 (Mapping::Data(offset) | Mapping::Shared(offset), _) => {
                     let mut shift = |from: u64, bytes| sink(from - offset + part.start, bytes);
                     self.data.fetch(offset..offset + extent.len, class, &mut shift).await?;
@@ -51,8 +73,21 @@ impl Base {
             }
             at = part.end;
         }
+        for cluster in ahead {
+            hand_out(cluster, sink).await?;
+        }
         Ok(())
     }
+}
+
+/// Hands out a guest range that lies inside a compressed cluster, from so far inside it.
+async fn hand_out(
+    (range, skip, coming): (Range<u64>, u64, Coming),
+    sink: Sink<'_>,
+) -> Result<(), LayerError> {
+    let len = usize::try_from(range.end - range.start).expect("at most a cluster");
+    sink(range.start, part_of(&coming.bytes().await?, skip, len)?);
+    Ok(())
 }
 
 impl Source for Base {
@@ -70,7 +105,11 @@ impl Source for Base {
             };
             let part = &mut buf[done..done + extent.len as usize];
             match (extent.mapping, &self.backing) {
-                (Mapping::Compressed(_), _) => return None,
+                (Mapping::Compressed(place), _) => {
+                    if let Err(error) = self.clusters.read_now(&place, part)? {
+                        return Some(Err(error));
+                    }
+                }
                 (Mapping::Data(from) | Mapping::Shared(from), _) => {
                     if let Err(error) = self.data.read_now(from, part)? {
                         return Some(Err(error.into()));

@@ -31,7 +31,7 @@ pub enum LayerError {
 
 impl LayerError {
     pub(crate) fn compressed() -> Self {
-        Self::Io("a shared or compressed cluster cannot be used yet".into())
+        Self::Io("a shared or compressed cluster cannot be written yet".into())
     }
 }
 
@@ -41,9 +41,7 @@ impl From<FormatError> for LayerError {
             FormatError::Corrupt { .. } => Self::Corrupt(error.to_string()),
             FormatError::NoSpace(_) => Self::NoSpace(error.to_string()),
             FormatError::Io(error) => error.into(),
-            FormatError::Unsupported(_) | FormatError::Invalid(_) | FormatError::CopyFirst => {
-                Self::Io(error.to_string())
-            }
+            FormatError::Unsupported(_) | FormatError::Invalid(_) => Self::Io(error.to_string()),
         }
     }
 }

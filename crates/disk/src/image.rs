@@ -19,7 +19,7 @@ use parking_lot::{Mutex, MutexGuard};
 use readonce_format::{Extent, Mapping, Reservation, WritableMapper};
 use readonce_storage::{BoxFuture, Rt, Storage};
 
-use crate::{LayerError, flush::Rounds, inflight::InFlight, source::Source};
+use crate::{LayerError, compressed::Clusters, flush::Rounds, inflight::InFlight, source::Source};
 
 /// How a layer behaves.
 #[derive(Debug, Clone, Copy)]
@@ -28,10 +28,29 @@ pub struct ImageOptions {
     pub copy_on_read: bool,
 }
 
+/// The files of an image.
+pub struct ImageFiles {
+    /// The one that the image is: compressed clusters are read from it. The mapper reads and writes the rest of what is
+    /// not data there.
+    pub own: Arc<dyn Storage>,
+    /// The one that holds its data; the same, in most images.
+    pub data: Arc<dyn Storage>,
+}
+
+impl From<Arc<dyn Storage>> for ImageFiles {
+    /// One file for all.
+    fn from(file: Arc<dyn Storage>) -> Self {
+        Self { own: Arc::clone(&file), data: file }
+    }
+}
+
 /// An image open for writing, and what it has behind it.
 pub struct Image {
     pub(crate) mapper: Arc<dyn WritableMapper>,
+    /// Where its data is.
     pub(crate) file: Arc<dyn Storage>,
+    /// In its own file.
+    pub(crate) clusters: Arc<Clusters>,
     pub(crate) backing: Option<Arc<dyn Source>>,
     pub(crate) rt: Rt,
     pub(crate) rounds: Rounds,
@@ -72,18 +91,21 @@ impl Drop for Table<'_> {
 }
 
 impl Image {
-    /// A layer over an image that `mapper` maps onto `file`.
+    /// A layer over an image that `mapper` maps onto `files`.
     pub fn new(
         mapper: Arc<dyn WritableMapper>,
-        file: Arc<dyn Storage>,
+        files: impl Into<ImageFiles>,
         backing: Option<Arc<dyn Source>>,
         rt: Rt,
         options: ImageOptions,
     ) -> Arc<Self> {
-        let unit = mapper.geometry().fill_unit;
+        let geometry = mapper.geometry();
+        let (unit, files) = (geometry.fill_unit, files.into());
+        let clusters = Clusters::new(files.own, geometry.cluster_size, Arc::clone(&rt));
         Arc::new_cyclic(|me| Self {
             mapper,
-            file,
+            file: files.data,
+            clusters,
             backing,
             rt,
             rounds: Rounds::default(),
@@ -216,7 +238,12 @@ impl Image {
                         return Some(Err(error));
                     }
                 }
-                Mapping::Compressed(_) | Mapping::Zero | Mapping::Absent => return None,
+                Mapping::Compressed(place) => {
+                    if let Err(error) = self.clusters.read_now(&place, part)? {
+                        return Some(Err(error));
+                    }
+                }
+                Mapping::Zero | Mapping::Absent => return None,
             }
             done += extent.len as usize;
         }

@@ -3,6 +3,7 @@
 //! - `device`: [`BlockDevice`], the trait that exports serve. - `disk`: the top of a chain as such a device.
 //! - `image`: a layer open for writing; `read`, `write`, `zero`, `fill`, `flush` are its waiting paths.
 //! - `inflight`: who changes which unit; a plain state machine.
+//! - `compressed`: compressed clusters, decompressed once.
 //! - `source`: what an image has behind it; `base`: a read-only layer; `lazy`: one that is opened when needed.
 //! - `chain`: opening all of it under one policy.
 //! - `status`: which layer holds a range.
@@ -11,6 +12,7 @@
 
 pub mod base;
 pub mod chain;
+mod compressed;
 pub mod device;
 pub mod disk;
 pub mod error;
@@ -26,10 +28,10 @@ mod status;
 mod write;
 mod zero;
 
-pub use base::Base;
+pub use base::{Base, BaseFiles};
 pub use device::{BlockDevice, DeviceError, StatusExtent, ZeroMode};
 pub use disk::{Disk, Top};
 pub use error::LayerError;
-pub use image::{Image, ImageOptions};
+pub use image::{Image, ImageFiles, ImageOptions};
 pub use lazy::Lazy;
 pub use source::Source;

@@ -7,12 +7,13 @@ use std::{collections::VecDeque, ops::Range};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::{StreamExt, stream::FuturesUnordered};
-use readonce_format::Mapping;
+use readonce_format::{Compressed, Mapping};
 use readonce_origin::{Class, Sink};
 use tokio::sync::oneshot;
 
 use crate::{
     LayerError,
+    compressed::part_of,
     image::Image,
     inflight::{Budget, Delivery, Fetch, Read},
     source::sink_zeros,
@@ -26,6 +27,8 @@ pub const FETCH_RUN_BYTES_MAX: u64 = 1 << 20;
 struct Plan {
     /// Guest offset, file offset, length.
     local: Vec<(u64, u64, u64)>,
+    /// Guest range, and where its cluster is.
+    compressed: Vec<(Range<u64>, Compressed)>,
     /// Straight from the backing, not kept.
     through: Vec<Range<u64>>,
     /// Guest range, and who will tell.
@@ -47,8 +50,11 @@ impl Image {
     pub async fn read(&self, offset: u64, len: usize) -> Result<Bytes, LayerError> {
         if let Some(extent) = self.mapper.lookup_now(offset, len as u64) {
             let extent = extent?;
-            if let (Mapping::Data(at), true) = (extent.mapping, extent.len == len as u64) {
-                return Ok(self.file.read(at, len).await?);
+            match extent.mapping {
+                _ if extent.len < len as u64 => {}
+                Mapping::Data(at) | Mapping::Shared(at) => return Ok(self.file.read(at, len).await?),
+                Mapping::Compressed(place) => return self.clusters.read(&place, len).await,
+                Mapping::Zero | Mapping::Absent => {}
             }
         }
         let mut buf = BytesMut::zeroed(len);
@@ -75,7 +81,7 @@ impl Image {
                 let extent = self.lookup(at, range.end - at).await?;
                 let part = at..at + extent.len;
                 match extent.mapping {
-                    Mapping::Compressed(_) => return Err(LayerError::compressed()),
+                    Mapping::Compressed(place) => plan.compressed.push((part.clone(), place)),
                     Mapping::Data(from) | Mapping::Shared(from) => plan.local.push((at, from, extent.len)),
                     Mapping::Zero | Mapping::Absent => {
                         self.plan_absent(part.clone(), class, sink, &mut plan).await?;
@@ -96,6 +102,8 @@ impl Image {
         sink: Sink<'_>,
         todo: &mut VecDeque<Range<u64>>,
     ) -> Result<(), LayerError> {
+        // All at once: they are decompressed side by side.
+        let coming: Vec<_> = plan.compressed.iter().map(|(_, place)| self.clusters.start(place)).collect();
         let mut reads: FuturesUnordered<_> = plan
             .local
             .iter()
@@ -107,6 +115,10 @@ impl Image {
         while let Some(read) = reads.next().await {
             let (at, bytes) = read?;
             sink(at, bytes);
+        }
+        for ((range, place), coming) in plan.compressed.into_iter().zip(coming) {
+            let len = usize::try_from(range.end - range.start).expect("at most a cluster");
+            sink(range.start, part_of(&coming.bytes().await?, place.skip, len)?);
         }
         for range in plan.through {
             let backing = self.backing.as_ref().expect("only a backing is read through");

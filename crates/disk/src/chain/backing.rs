@@ -13,7 +13,7 @@ use super::{
     CHAIN_DEPTH_MAX, CopyOnRead, Locks, OnChange, OpenError, Shared, driver_of,
     layers::{lock_for_reading, version_of},
 };
-use crate::{Base, Image, ImageOptions, LayerError, Lazy, Source};
+use crate::{Base, BaseFiles, Image, ImageOptions, LayerError, Lazy, Source};
 
 /// One step down a chain.
 #[derive(Clone)]
@@ -106,7 +106,8 @@ impl Step {
             shared.opened(name.clone(), driver.name(), false);
             shared.locks.lock().extend(lock);
             shared.origins.lock().push(Arc::clone(&origin));
-            Ok(Arc::new(Base::new(mapper, origin, backing)) as Arc<dyn Source>)
+            let files = BaseFiles { own: origin.clone(), data: origin };
+            Ok(Arc::new(Base::new(mapper, files, backing, &shared.rt)) as Arc<dyn Source>)
         })
     }
 

@@ -25,7 +25,7 @@ use super::{
     driver_of,
     layers::lock_for_reading,
 };
-use crate::{Base, Disk, Image, ImageOptions, LayerError, Source, Top};
+use crate::{Base, BaseFiles, Disk, Image, ImageOptions, LayerError, Source, Top};
 
 /// Opens the chain whose top is at `name`.
 ///
@@ -123,7 +123,8 @@ impl Opening {
         self.shared.opened(name, driver.name(), false);
         let size = mapper.geometry().size;
         let backing = self.backing(&description).await?;
-        Ok(Top::Base(Arc::new(Base::new(mapper, origin, backing)), size))
+        let files = BaseFiles { own: origin.clone(), data: origin };
+        Ok(Top::Base(Arc::new(Base::new(mapper, files, backing, &self.shared.rt)), size))
     }
 
     async fn open_image(

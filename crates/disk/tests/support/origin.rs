@@ -34,7 +34,7 @@ pub fn backing_stamp(sector: u64) -> u64 {
 
 pub struct SimOrigin {
     pub len: u64,
-    rt: Rt,
+    pub rt: Rt,
     /// Of 256, how many fetches fail half-way.
     pub fail_of_256: Mutex<u16>,
     pub delay_ms_max: u64,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use readonce_disk::{Base, Image, ImageOptions, Source};
+use readonce_disk::{Base, BaseFiles, Image, ImageOptions, Source};
 use readonce_format::{
     Driver,
     driver::{BackingRef, CreateSpec, driver},
@@ -34,7 +34,8 @@ pub async fn create(file: &Arc<dyn Storage>, size: u64, cluster_size: u64) {
 pub async fn raw_over(origin: Arc<SimOrigin>) -> Arc<dyn Source> {
     let raw = driver("raw").expect("raw is a known format");
     let bytes: Arc<dyn ReadAt> = origin.clone();
-    Arc::new(Base::new(raw.open(bytes).await.expect("raw opens"), origin, None))
+    let files = BaseFiles { own: bytes.clone(), data: origin.clone() };
+    Arc::new(Base::new(raw.open(bytes).await.expect("raw opens"), files, None, &origin.rt))
 }
 
 /// The image above `backing`, open for writing.
