@@ -1,0 +1,860 @@
+//! Scan: everything in the file that refers to clusters, and how often each cluster is referred to.
+//!
+//! - Header, active L1 table, snapshots' L1 tables, L2 tables, data and compressed clusters, snapshot table, bitmaps, refcount
+//!   table, refcount blocks. What lies past the end of the file reads as zeros.
+//! - Every L2 table is read once, however many L1 entries name it: what is found in it counts as often as it is named. L1
+//!   tables that overlap are read once too. So the work stays below the length of the tables, and [`WALK_BYTES_MAX`].
+//! - Memory: a byte for each cluster, in pages of [`PAGE`] that exist only where something refers to (at most
+//!   [`PAGES_MAX`]); one entry for each L2 table (at most [`TABLES_MAX`]); one chunk of a table.
+//!
+//! Not here: what the file says the refcounts are (`check`), and what to do about what is found (`repair`).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use readonce_storage::ReadAt;
+
+use super::{
+    entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO},
+    extensions::be_u64,
+    header::{AUTOCLEAR_BITMAPS, Header},
+    layout::{L1_BYTES_MAX, L1_ENTRY_BYTES, Layout, SECTOR_BYTES},
+    refcount::{Refcounts, TABLE_ENTRY_BYTES, TABLE_OFFSET_MASK},
+    snapshots,
+};
+use crate::{
+    FormatError,
+    number::{bytes, index, round_down, round_up},
+};
+
+/// Clusters of the largest file that can be scanned: what QEMU checks.
+pub(super) const CLUSTERS_MAX: u64 = 1 << 31;
+/// Counts of a page.
+pub(super) const PAGE: u64 = 4096;
+/// Pages of counts: 512 MiB.
+const PAGES_MAX: usize = 1 << 17;
+/// L2 tables.
+const TABLES_MAX: usize = 1 << 22;
+/// Bytes of tables that one scan reads; L2 tables of a 512 TiB guest with clusters of 64 KiB.
+const WALK_BYTES_MAX: u64 = 64 << 30;
+/// Bytes of a bitmap's entry in the directory before its name.
+const BITMAP_ENTRY_BYTES: usize = 24;
+/// Bytes of the longest table of a bitmap: what QEMU opens.
+const BITMAP_TABLE_BYTES_MAX: u64 = 0x800_0000 * 8;
+/// Bytes of a table that are read at once.
+const CHUNK_BYTES: u64 = 64 << 10;
+/// A byte of a page that says: look into the map.
+const MANY: u8 = u8::MAX;
+
+const L1_RESERVED: u64 = !(OFFSET_MASK | COPIED);
+const L2_RESERVED: u64 = !(OFFSET_MASK | COPIED | COMPRESSED | ZERO);
+/// The half of a subcluster bitmap that says "allocated".
+const BITMAP_ALLOCATED: u64 = 0xffff_ffff;
+
+/// How often each cluster is referred to. Counts stop at the largest refcount of the image.
+pub(super) struct Counts {
+    pages: BTreeMap<u64, Box<[u8]>>,
+    /// Counts of [`MANY`] and more.
+    many: BTreeMap<u64, u64>,
+    max: u64,
+}
+
+impl Counts {
+    pub(super) fn new(max: u64) -> Self {
+        Self { pages: BTreeMap::new(), many: BTreeMap::new(), max }
+    }
+
+    /// Adds to a cluster's count; returns what would not fit below the largest refcount.
+    pub(super) fn add(&mut self, cluster: u64, times: u64) -> Result<u64, FormatError> {
+        let now = self.count(cluster);
+        let room = self.max - now;
+        self.set(cluster, now + times.min(room))?;
+        Ok(times.saturating_sub(room))
+    }
+
+    pub(super) fn set(&mut self, cluster: u64, count: u64) -> Result<(), FormatError> {
+        let number = cluster / PAGE;
+        if !self.pages.contains_key(&number) {
+            if count == 0 {
+                return Ok(());
+            }
+            if self.pages.len() >= PAGES_MAX {
+                return Err(FormatError::Unsupported(format!(
+                    "the file uses clusters in more than {PAGES_MAX} places, each {PAGE} clusters long"
+                )));
+            }
+            self.pages.insert(number, vec![0; index(PAGE)].into());
+        }
+        let page = self.pages.get_mut(&number).expect("it was just made");
+        let byte = page.get_mut(index(cluster % PAGE)).expect("below the length of a page");
+        if *byte == MANY {
+            self.many.remove(&cluster);
+        }
+        *byte = u8::try_from(count).unwrap_or(MANY);
+        if *byte == MANY {
+            self.many.insert(cluster, count);
+        }
+        Ok(())
+    }
+
+    pub(super) fn count(&self, cluster: u64) -> u64 {
+        let page = self.pages.get(&(cluster / PAGE));
+        match page.and_then(|page| page.get(index(cluster % PAGE))) {
+            None => 0,
+            Some(&MANY) => self.many.get(&cluster).copied().unwrap_or_default(),
+            Some(&count) => count.into(),
+        }
+    }
+
+    /// The counts of the clusters from `start` on, without end.
+    pub(super) fn from(&self, start: u64) -> impl Iterator<Item = u64> {
+        (start / PAGE..).flat_map(move |number| {
+            let page = self.pages.get(&number);
+            let first = number * PAGE;
+            (first.max(start)..first + PAGE).map(move |cluster| {
+                match page.and_then(|page| page.get(index(cluster - first))) {
+                    None => 0,
+                    Some(&MANY) => self.many.get(&cluster).copied().unwrap_or_default(),
+                    Some(&count) => count.into(),
+                }
+            })
+        })
+    }
+
+    /// The first cluster at or after `start` that is referred to.
+    pub(super) fn next_used(&self, start: u64) -> Option<u64> {
+        let mut start = start;
+        for (&number, page) in self.pages.range(start / PAGE..) {
+            let from = start.saturating_sub(number * PAGE);
+            let found = page.iter().skip(index(from)).position(|&count| count > 0);
+            if let Some(found) = found {
+                return Some(number * PAGE + from + bytes(found));
+            }
+            start = (number + 1) * PAGE;
+        }
+        None
+    }
+
+    /// The last cluster that is referred to.
+    pub(super) fn last_used(&self) -> Option<u64> {
+        self.pages.iter().rev().find_map(|(number, page)| {
+            page.iter().rposition(|&count| count > 0).map(|at| number * PAGE + bytes(at))
+        })
+    }
+}
+
+/// How often an L2 table is named.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Named {
+    /// By the active L1 table.
+    pub(super) active: u64,
+    /// By all L1 tables.
+    pub(super) total: u64,
+}
+
+/// What an L2 entry says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cluster {
+    /// Nothing, or zeros; without room in the file.
+    None,
+    /// Room for the whole cluster at this offset. `data`: some of it shows, so that it cannot be given up.
+    Room { at: u64, data: bool },
+    /// These bytes of the file.
+    Compressed { at: u64, len: u64 },
+}
+
+impl Cluster {
+    /// Of an entry's words. `bitmap` is 0 without extended entries.
+    pub(super) fn of(layout: &Layout, raw: u64, bitmap: u64) -> Self {
+        if raw & COMPRESSED != 0 {
+            let offset_bits = 62 - (layout.cluster_bits - 8);
+            let at = raw & ((1 << offset_bits) - 1);
+            let sectors = (raw & (COMPRESSED - 1)) >> offset_bits;
+            return Self::Compressed { at, len: (sectors + 1) * 512 - at % 512 };
+        }
+        let at = raw & OFFSET_MASK;
+        if at == 0 && !(layout.external_data && raw & COPIED != 0) {
+            return Self::None;
+        }
+        let data = if layout.extended_l2 { bitmap & BITMAP_ALLOCATED != 0 } else { raw & ZERO == 0 };
+        Self::Room { at, data }
+    }
+}
+
+/// Why something is wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wrong {
+    /// It can be put right without losing anything: bits that may not be set.
+    Bits,
+    /// The offset is not a multiple of the cluster size. Without its lowest bits the entry would be this.
+    Unaligned { rounded: u64 },
+    /// What it names lies past the end of the file, or can be nowhere.
+    Nowhere,
+}
+
+/// An entry of an L1 or L2 table that is wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Finding {
+    /// Byte offset of the entry.
+    pub(super) at: u64,
+    /// The entry as it should be: bits put right, or naming nothing.
+    pub(super) raw: u64,
+    /// The second word of an extended L2 entry, as it should be.
+    pub(super) bitmap: u64,
+    /// Why.
+    pub(super) wrong: Wrong,
+}
+
+/// A good entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Entry {
+    /// Byte offset of the entry.
+    pub(super) at: u64,
+    /// The entry.
+    pub(super) raw: u64,
+    /// The second word of an extended L2 entry.
+    pub(super) bitmap: u64,
+}
+
+/// What looks at a scan from outside.
+pub(super) trait Observer: Send {
+    /// An L1 entry that is wrong.
+    fn wrong_l1(&mut self, _finding: Finding) {}
+    /// An L2 entry that is wrong.
+    fn wrong_l2(&mut self, _finding: Finding) {}
+    /// An L2 entry that names room or compressed bytes inside the file.
+    fn l2(&mut self, _entry: Entry, _cluster: Cluster, _scanned: &Scanned) {}
+}
+
+/// Looks at nothing.
+pub(super) struct Nobody;
+
+impl Observer for Nobody {}
+
+/// What a scan saw.
+pub(super) struct Scanned {
+    /// References, those of the refcount table and of its blocks included.
+    pub(super) counts: Counts,
+    /// Refcount blocks that are good, by their index in the table: byte offsets.
+    pub(super) blocks: BTreeMap<u64, u64>,
+    /// The refcount table as it lies in the file.
+    pub(super) table: Vec<u64>,
+    /// Whether the refcount table lies inside the file, and nothing else there.
+    pub(super) good_table: bool,
+    /// L2 tables, by byte offset.
+    pub(super) tables: BTreeMap<u64, Named>,
+    /// Snapshots, as the file has them.
+    pub(super) snapshots: snapshots::Table,
+    /// Snapshots whose L1 table cannot be where the entry says; by index.
+    pub(super) bad_snapshots: BTreeSet<usize>,
+    /// Whether a snapshot's entry lacks what version 3 asks for.
+    pub(super) short_snapshots: bool,
+    /// Whether the bitmaps' directory or a table of theirs is wrong.
+    pub(super) bad_bitmaps: bool,
+    /// Whether something is wrong that may have meant clusters which seem to be leaked.
+    pub(super) lost: bool,
+    /// Entries that are wrong.
+    pub(super) corruptions: u64,
+    /// Reads that failed.
+    pub(super) check_errors: u64,
+    /// Data clusters of the active state.
+    pub(super) allocated: u64,
+    /// Of those, the ones not next to their predecessor.
+    pub(super) fragmented: u64,
+    /// Of those, the compressed ones.
+    pub(super) compressed: u64,
+    /// Clusters of the file.
+    pub(super) clusters: u64,
+    /// Runs of bytes, in whole clusters, that hold tables other than L2 tables and refcount blocks: start and end.
+    metadata: BTreeMap<u64, u64>,
+    /// Where refcount blocks may lie: byte offsets.
+    block_offsets: BTreeSet<u64>,
+    file_len: u64,
+    cluster_bits: u32,
+    /// Bytes of tables that were read.
+    walked: u64,
+    /// Bytes of unaligned tables that may still be read. They can overlap, so their number alone bounds no work.
+    unaligned_left: u64,
+}
+
+impl Scanned {
+    /// Counts references to all clusters that `size` bytes at `offset` touch. `false`: they end a cluster or more past the file's
+    /// end, which counts as a corruption for each time.
+    fn refer(&mut self, offset: u64, size: u64, times: u64) -> Result<bool, FormatError> {
+        if size == 0 {
+            return Ok(true);
+        }
+        let end_max = self.file_len.saturating_add(1 << self.cluster_bits);
+        let Some(end) = offset.checked_add(size).filter(|&end| end < end_max) else {
+            self.wrong(times);
+            return Ok(false);
+        };
+        for cluster in offset >> self.cluster_bits..=(end - 1) >> self.cluster_bits {
+            let over = self.counts.add(cluster, times)?;
+            self.wrong(over);
+        }
+        Ok(true)
+    }
+
+    fn wrong(&mut self, times: u64) {
+        self.corruptions = self.corruptions.saturating_add(times);
+    }
+
+    /// Notes a table: its clusters are metadata. Merges what touches.
+    fn note_table(&mut self, offset: u64, size: u64) {
+        let cluster_size = 1 << self.cluster_bits;
+        let mut start = round_down(offset, cluster_size);
+        let mut end = round_up(offset.saturating_add(size), cluster_size).unwrap_or(u64::MAX);
+        while let Some((&other, &other_end)) = self.metadata.range(..=end).next_back() {
+            if other_end < start {
+                break;
+            }
+            self.metadata.remove(&other);
+            start = start.min(other);
+            end = end.max(other_end);
+        }
+        self.metadata.insert(start, end);
+    }
+
+    /// Whether something other than guest data lies in the cluster at this byte offset.
+    pub(super) fn is_metadata(&self, offset: u64) -> bool {
+        self.tables.contains_key(&offset) || self.block_offsets.contains(&offset) || self.is_table(offset)
+    }
+
+    /// Whether a table that is neither an L2 table nor a refcount block lies in the cluster at this byte offset.
+    fn is_table(&self, offset: u64) -> bool {
+        self.metadata.range(..=offset).next_back().is_some_and(|(_, &end)| offset < end)
+    }
+
+    /// Behind the last cluster that is used, and the last of the file.
+    pub(super) fn end(&self) -> u64 {
+        self.clusters.max(self.counts.last_used().map_or(0, |last| last + 1))
+    }
+
+    /// Counts bytes of tables that are about to be read.
+    fn walk(&mut self, len: u64) -> Result<(), FormatError> {
+        self.walked = self.walked.saturating_add(len);
+        if self.walked > WALK_BYTES_MAX {
+            return Err(FormatError::Unsupported(format!(
+                "the tables are longer than the {WALK_BYTES_MAX} bytes that can be checked"
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of a file as QEMU sees them: zeros past its end.
+pub(super) async fn read_padded(file: &dyn ReadAt, offset: u64, len: u64) -> Result<Bytes, std::io::Error> {
+    let there = file.len().saturating_sub(offset).min(len);
+    if there == len {
+        return file.read(offset, index(len)).await;
+    }
+    let mut padded = Vec::new();
+    if there > 0 {
+        padded.extend_from_slice(&file.read(offset, index(there)).await?);
+    }
+    padded.resize(index(len), 0);
+    Ok(padded.into())
+}
+
+/// A table, read in chunks; past the end of the file it reads as zeros, and is not read.
+pub(super) struct Chunks<'a> {
+    file: &'a dyn ReadAt,
+    at: u64,
+    end: u64,
+}
+
+impl<'a> Chunks<'a> {
+    /// `len` bytes from `offset`, a multiple of 16.
+    pub(super) fn new(file: &'a dyn ReadAt, offset: u64, len: u64) -> Self {
+        let end = offset.saturating_add(len).min(file.len().saturating_add(15));
+        Self { file, at: offset, end }
+    }
+
+    /// The next chunk and its byte offset; whole entries.
+    pub(super) async fn next(&mut self) -> Option<(u64, Result<Bytes, std::io::Error>)> {
+        let left = self.end.checked_sub(self.at).filter(|&left| left > 0)?;
+        let at = self.at;
+        // Entries never straddle two chunks: tables are multiples of 8 long, and chunks of 16.
+        let len = left.min(CHUNK_BYTES);
+        self.at += len;
+        tokio::task::yield_now().await;
+        Some((at, read_padded(self.file, at, round_down(len.saturating_add(7), 8)).await))
+    }
+}
+
+/// Big-endian words with their byte offset.
+pub(super) fn words(at: u64, data: &[u8]) -> impl Iterator<Item = (u64, u64)> {
+    (at..).step_by(8).zip(data.chunks_exact(8).map(be_u64))
+}
+
+/// Reads everything that refers to clusters.
+///
+/// # Errors
+/// `Corrupt` where the snapshot table cannot be read; `Unsupported` where the image is too large to be scanned; `Io` where
+/// the snapshot table, the refcount table or the bitmaps cannot be read. L1 and L2 tables that cannot be read are counted.
+pub(super) async fn scan(
+    file: &dyn ReadAt,
+    header: &Header,
+    observer: &mut dyn Observer,
+) -> Result<Scanned, FormatError> {
+    let layout = &header.layout;
+    let cluster_size = layout.cluster_size();
+    // As QEMU, which counts the file's length in sectors.
+    let file_len = round_up(file.len(), SECTOR_BYTES).unwrap_or(u64::MAX);
+    let clusters = file_len.div_ceil(cluster_size);
+    if clusters > CLUSTERS_MAX {
+        return Err(FormatError::Unsupported(format!(
+            "the file has {clusters} clusters, at most {CLUSTERS_MAX} can be checked"
+        )));
+    }
+    let mut scanned = Scanned {
+        counts: Counts::new(refcounts(layout).max()),
+        blocks: BTreeMap::new(),
+        table: Vec::new(),
+        good_table: false,
+        tables: BTreeMap::new(),
+        snapshots: snapshots::Table::default(),
+        bad_snapshots: BTreeSet::new(),
+        short_snapshots: false,
+        bad_bitmaps: false,
+        lost: false,
+        corruptions: 0,
+        check_errors: 0,
+        allocated: 0,
+        fragmented: 0,
+        compressed: 0,
+        clusters,
+        metadata: BTreeMap::new(),
+        block_offsets: BTreeSet::new(),
+        file_len,
+        cluster_bits: layout.cluster_bits,
+        walked: 0,
+        unaligned_left: file_len,
+    };
+    scanned.refer(0, cluster_size, 1)?;
+    scanned.note_table(0, cluster_size);
+    let l1s = l1_tables(file, header, &mut scanned).await?;
+    bitmaps(file, header, &mut scanned).await?;
+    refcount_table(file, header, &mut scanned).await?;
+    walk_l1(file, layout, &l1s, &mut scanned, observer).await?;
+    walk_l2(file, layout, &mut scanned, observer).await?;
+    refcount_blocks(header, &mut scanned)?;
+    Ok(scanned)
+}
+
+/// The geometry of an image's refcounts.
+pub(super) fn refcounts(layout: &Layout) -> Refcounts {
+    Refcounts::new(layout.cluster_bits, layout.refcount_order)
+}
+
+/// An L1 table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct L1 {
+    offset: u64,
+    bytes: u64,
+    /// Index of its snapshot; `None`: the active one.
+    snapshot: Option<usize>,
+}
+
+/// Counts the L1 tables and the snapshot table.
+async fn l1_tables(
+    file: &dyn ReadAt,
+    header: &Header,
+    scanned: &mut Scanned,
+) -> Result<Vec<L1>, FormatError> {
+    let fields = &header.fields;
+    let cluster_size = header.layout.cluster_size();
+    let active_bytes = u64::from(fields.l1_size) * L1_ENTRY_BYTES;
+    let mut l1s = vec![L1 { offset: fields.l1_table_offset, bytes: active_bytes, snapshot: None }];
+    scanned.snapshots = snapshots::Table::read(file, fields.snapshots_offset, fields.nb_snapshots).await?;
+    for (number, entry) in scanned.snapshots.entries.iter().enumerate() {
+        let (offset, bytes) = (entry.l1_offset, u64::from(entry.l1_entries) * L1_ENTRY_BYTES);
+        scanned.short_snapshots |= fields.version >= 3 && !entry.complete;
+        scanned.corruptions += u64::from(fields.version >= 3 && !entry.complete);
+        if !offset.is_multiple_of(cluster_size) || bytes > L1_BYTES_MAX {
+            scanned.corruptions += 1;
+            scanned.bad_snapshots.insert(number);
+        } else {
+            l1s.push(L1 { offset, bytes, snapshot: Some(number) });
+        }
+    }
+    for l1 in &l1s {
+        scanned.walk(l1.bytes)?;
+        if scanned.refer(l1.offset, l1.bytes, 1)? {
+            scanned.note_table(l1.offset, l1.bytes);
+        } else {
+            scanned.bad_snapshots.extend(l1.snapshot);
+        }
+    }
+    scanned.lost |= !scanned.bad_snapshots.is_empty();
+    let table_bytes = scanned.snapshots.bytes;
+    scanned.note_table(fields.snapshots_offset, table_bytes);
+    scanned.refer(fields.snapshots_offset, table_bytes, 1)?;
+    Ok(l1s)
+}
+
+/// Reads every entry of every L1 table once, and notes the L2 tables.
+async fn walk_l1(
+    file: &dyn ReadAt,
+    layout: &Layout,
+    l1s: &[L1],
+    scanned: &mut Scanned,
+    observer: &mut dyn Observer,
+) -> Result<(), FormatError> {
+    // Where tables begin and end, and how many are there from then on.
+    let mut edges: BTreeMap<u64, (i64, i64)> = BTreeMap::new();
+    for l1 in l1s.iter().filter(|l1| l1.bytes > 0) {
+        let active = i64::from(l1.snapshot.is_none());
+        let start = edges.entry(l1.offset).or_default();
+        *start = (start.0 + active, start.1 + 1);
+        let end = edges.entry(l1.offset.saturating_add(l1.bytes)).or_default();
+        *end = (end.0 - active, end.1 - 1);
+    }
+    let mut named = Named::default();
+    let mut edges = edges.into_iter().peekable();
+    while let Some((start, (active, total))) = edges.next() {
+        named.active = named.active.saturating_add_signed(active);
+        named.total = named.total.saturating_add_signed(total);
+        let Some(&(end, _)) = edges.peek().filter(|_| named.total > 0) else { continue };
+        let mut chunks = Chunks::new(file, start, end - start);
+        while let Some((at, chunk)) = chunks.next().await {
+            let Ok(chunk) = chunk else {
+                scanned.check_errors += 1;
+                scanned.lost = true;
+                continue;
+            };
+            for (at, raw) in words(at, &chunk).filter(|&(_, raw)| raw != 0) {
+                l1_entry(layout, at, raw, named, scanned, observer)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn l1_entry(
+    layout: &Layout,
+    at: u64,
+    raw: u64,
+    named: Named,
+    scanned: &mut Scanned,
+    observer: &mut dyn Observer,
+) -> Result<(), FormatError> {
+    let offset = raw & OFFSET_MASK;
+    let cluster_size = layout.cluster_size();
+    let kept = raw & !L1_RESERVED & !(cluster_size - 1);
+    let mut finding = None;
+    if raw & L1_RESERVED != 0 {
+        scanned.wrong(named.total);
+        finding = Some((kept, Wrong::Bits));
+    }
+    let inside = scanned.refer(offset, cluster_size, named.total)?;
+    if !offset.is_multiple_of(cluster_size) {
+        scanned.wrong(named.total);
+        scanned.lost = true;
+        finding = Some((0, Wrong::Unaligned { rounded: kept }));
+    }
+    if !inside || scanned.is_table(offset) {
+        scanned.lost = true;
+        finding = Some((0, Wrong::Nowhere));
+    }
+    if let Some((raw, wrong)) = finding {
+        observer.wrong_l1(Finding { at, raw, bitmap: 0, wrong });
+    }
+    if inside {
+        let table = scanned.tables.entry(offset).or_default();
+        table.active += named.active;
+        table.total += named.total;
+        if scanned.tables.len() > TABLES_MAX {
+            return Err(FormatError::Unsupported(format!(
+                "the image has more than {TABLES_MAX} L2 tables, the most that can be checked"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Reads every L2 table once.
+async fn walk_l2(
+    file: &dyn ReadAt,
+    layout: &Layout,
+    scanned: &mut Scanned,
+    observer: &mut dyn Observer,
+) -> Result<(), FormatError> {
+    let cluster_size = layout.cluster_size();
+    let mut from = 0;
+    while let Some((&table, &named)) = scanned.tables.range(from..).next() {
+        from = table + 1;
+        if !table.is_multiple_of(cluster_size) {
+            match scanned.unaligned_left.checked_sub(cluster_size) {
+                Some(left) => scanned.unaligned_left = left,
+                None => continue,
+            }
+        }
+        scanned.walk(cluster_size)?;
+        let mut next = None;
+        let mut chunks = Chunks::new(file, table, cluster_size);
+        while let Some((at, chunk)) = chunks.next().await {
+            let Ok(chunk) = chunk else {
+                scanned.check_errors += 1;
+                scanned.lost = true;
+                continue;
+            };
+            if chunk.iter().all(|&byte| byte == 0) {
+                continue;
+            }
+            for entry in entries(layout, at, &chunk) {
+                l2_entry(layout, entry, named, &mut next, scanned, observer)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The entries of a piece of an L2 table that are not all zeros.
+pub(super) fn entries(layout: &Layout, at: u64, chunk: &[u8]) -> impl Iterator<Item = Entry> {
+    let step = index(layout.entry_bytes());
+    (at..).step_by(step).zip(chunk.chunks_exact(step)).filter_map(|(at, words)| {
+        let (raw, bitmap) = words.split_at_checked(8)?;
+        let entry = Entry { at, raw: be_u64(raw), bitmap: be_u64(bitmap) };
+        (entry.raw != 0 || entry.bitmap != 0).then_some(entry)
+    })
+}
+
+fn l2_entry(
+    layout: &Layout,
+    entry: Entry,
+    named: Named,
+    next: &mut Option<u64>,
+    scanned: &mut Scanned,
+    observer: &mut dyn Observer,
+) -> Result<(), FormatError> {
+    let Entry { at, raw, bitmap } = entry;
+    let cluster_size = layout.cluster_size();
+    let cluster = Cluster::of(layout, raw, bitmap);
+    // The entry as it should be, and without what it names.
+    let mut mended = entry;
+    let zero = if layout.extended_l2 { 0 } else { raw & ZERO };
+    let emptied = Entry { at, raw: zero, bitmap: bitmap & !BITMAP_ALLOCATED };
+    let mut wrong = None;
+    if !matches!(cluster, Cluster::Compressed { .. }) && raw & L2_RESERVED != 0 {
+        scanned.wrong(named.total);
+        mended.raw &= !L2_RESERVED;
+        wrong = Some(Wrong::Bits);
+    }
+    match cluster {
+        Cluster::None => {
+            if bitmap & BITMAP_ALLOCATED != 0 {
+                scanned.wrong(named.total);
+                mended.bitmap &= !BITMAP_ALLOCATED;
+                wrong = Some(Wrong::Bits);
+            }
+        }
+        Cluster::Compressed { at: stream, len } => {
+            if raw & COPIED != 0 {
+                scanned.wrong(named.total);
+                mended.raw &= !COPIED;
+                wrong = Some(Wrong::Bits);
+            }
+            if layout.external_data {
+                scanned.wrong(named.total);
+                mended = Entry { at, raw: 0, bitmap: 0 };
+                wrong = Some(Wrong::Nowhere);
+            } else if bitmap != 0 {
+                scanned.wrong(named.total);
+                scanned.lost = true;
+                mended.bitmap = 0;
+                wrong = Some(Wrong::Bits);
+            } else {
+                if !scanned.refer(stream, len, named.total)? {
+                    scanned.lost = true;
+                    wrong = Some(Wrong::Bits);
+                    match cut_stream(layout, mended.raw, stream, scanned.file_len) {
+                        Some(cut) => mended.raw = cut,
+                        None => {
+                            mended = Entry { at, raw: 0, bitmap: 0 };
+                            wrong = Some(Wrong::Nowhere);
+                        }
+                    }
+                }
+                scanned.allocated += named.active;
+                scanned.fragmented += named.active;
+                scanned.compressed += named.active;
+            }
+        }
+        Cluster::Room { at: offset, .. } => {
+            let both = bitmap & bitmap >> 32 & BITMAP_ALLOCATED;
+            if both != 0 {
+                scanned.wrong(named.total);
+                mended.bitmap &= !(both << 32);
+                wrong = Some(Wrong::Bits);
+            }
+            scanned.allocated += named.active;
+            if next.is_some_and(|next| next != offset) {
+                scanned.fragmented += named.active;
+            }
+            *next = offset.checked_add(cluster_size);
+            if !offset.is_multiple_of(cluster_size) {
+                scanned.wrong(named.total);
+                scanned.lost = true;
+                wrong = Some(Wrong::Unaligned { rounded: mended.raw & !(OFFSET_MASK & (cluster_size - 1)) });
+                mended = emptied;
+            }
+            if !layout.external_data && !scanned.refer(offset, cluster_size, named.total)? {
+                scanned.lost = true;
+                wrong = Some(Wrong::Nowhere);
+                mended = emptied;
+            }
+        }
+    }
+    match wrong {
+        Some(wrong) => observer.wrong_l2(Finding { at, raw: mended.raw, bitmap: mended.bitmap, wrong }),
+        None if cluster != Cluster::None && !layout.external_data => observer.l2(entry, cluster, scanned),
+        None => {}
+    }
+    Ok(())
+}
+
+/// The entry of a compressed cluster whose stream begins inside the file, cut to end there. `None`: it begins behind it.
+fn cut_stream(layout: &Layout, raw: u64, stream: u64, file_len: u64) -> Option<u64> {
+    let offset_bits = 62 - (layout.cluster_bits - 8);
+    let sectors =
+        file_len.checked_sub(round_down(stream, SECTOR_BYTES)).filter(|&left| left > 0)? / SECTOR_BYTES;
+    Some(raw & (COMPRESSED | ((1 << offset_bits) - 1)) | (sectors - 1) << offset_bits)
+}
+
+/// Reads the refcount table, and notes where its blocks may lie.
+async fn refcount_table(
+    file: &dyn ReadAt,
+    header: &Header,
+    scanned: &mut Scanned,
+) -> Result<(), FormatError> {
+    let cluster_size = header.layout.cluster_size();
+    let offset = header.fields.refcount_table_offset;
+    let len = u64::from(header.fields.refcount_table_clusters) * cluster_size;
+    let table = read_padded(file, offset, len).await?;
+    scanned.table = words(0, &table).map(|(_, raw)| raw).collect();
+    scanned.note_table(offset, len);
+    let blocks = scanned.table.iter().map(|raw| raw & TABLE_OFFSET_MASK).filter(|&offset| offset != 0);
+    scanned.block_offsets = blocks.collect();
+    Ok(())
+}
+
+/// Counts the refcount table and its blocks, and tells which blocks are good: named by one entry, and used for nothing else.
+fn refcount_blocks(header: &Header, scanned: &mut Scanned) -> Result<(), FormatError> {
+    let cluster_size = header.layout.cluster_size();
+    let table_offset = header.fields.refcount_table_offset;
+    let table_bytes = bytes(scanned.table.len()) * TABLE_ENTRY_BYTES;
+    let inside = scanned.refer(table_offset, table_bytes, 1)?;
+    let table_clusters = table_offset / cluster_size..(table_offset + table_bytes) / cluster_size;
+    scanned.good_table = inside
+        && table_bytes > 0
+        && table_offset > 0
+        && table_clusters.clone().all(|cluster| scanned.counts.count(cluster) == 1);
+    let clusters = scanned.end();
+    let table = std::mem::take(&mut scanned.table);
+    for (number, &raw) in (0..).zip(&table) {
+        let offset = raw & TABLE_OFFSET_MASK;
+        if raw & !TABLE_OFFSET_MASK != 0
+            || !offset.is_multiple_of(cluster_size)
+            || offset / cluster_size >= clusters
+        {
+            scanned.wrong(1);
+        } else if offset != 0 {
+            scanned.refer(offset, cluster_size, 1)?;
+            if scanned.counts.count(offset / cluster_size) == 1 {
+                scanned.blocks.insert(number, offset);
+            } else {
+                scanned.wrong(1);
+            }
+        }
+    }
+    // One that a later entry names as well is not good either.
+    let counts = &scanned.counts;
+    scanned.blocks.retain(|_, offset| counts.count(*offset / cluster_size) == 1);
+    // A table that lies on a block was counted first.
+    scanned.good_table &= table_clusters.into_iter().all(|cluster| counts.count(cluster) == 1);
+    scanned.table = table;
+    Ok(())
+}
+
+/// Counts the persistent bitmaps, where they are not stale.
+async fn bitmaps(file: &dyn ReadAt, header: &Header, scanned: &mut Scanned) -> Result<(), FormatError> {
+    let Some(found) = header.bitmaps.filter(|_| header.fields.autoclear_features & AUTOCLEAR_BITMAPS != 0)
+    else {
+        return Ok(());
+    };
+    scanned.walk(found.directory_bytes)?;
+    if !scanned.refer(found.directory_offset, found.directory_bytes, 1)? {
+        scanned.bad_bitmaps = true;
+        return Ok(());
+    }
+    scanned.note_table(found.directory_offset, found.directory_bytes);
+    let directory = read_padded(file, found.directory_offset, found.directory_bytes).await?;
+    let mut rest = directory.as_ref();
+    for _ in 0..found.count {
+        let Some((table, entry_bytes)) = bitmap_entry(rest, header.layout.cluster_size()) else {
+            scanned.wrong(1);
+            scanned.bad_bitmaps = true;
+            return Ok(());
+        };
+        rest = rest.get(entry_bytes..).unwrap_or_default();
+        bitmap_table(file, table, header.layout.cluster_size(), scanned).await?;
+    }
+    if !rest.is_empty() {
+        scanned.wrong(1);
+        scanned.bad_bitmaps = true;
+    }
+    Ok(())
+}
+
+/// The first bitmap of a directory: its table's offset and entries, and the bytes of its entry in the directory. `None`: it is
+/// broken.
+fn bitmap_entry(directory: &[u8], cluster_size: u64) -> Option<((u64, u64), usize)> {
+    let (fixed, _) = directory.split_at_checked(BITMAP_ENTRY_BYTES)?;
+    let field = |at: usize, len: usize| {
+        fixed.get(at..at + len).map(|field| field.iter().fold(0, |value, &byte| value << 8 | u64::from(byte)))
+    };
+    let (offset, entries, flags) = (field(0, 8)?, field(8, 4)?, field(12, 4)?);
+    let (kind, granularity, name, extra) = (field(16, 1)?, field(17, 1)?, field(18, 2)?, field(20, 4)?);
+    let good = offset != 0
+        && offset.is_multiple_of(cluster_size)
+        && entries * L1_ENTRY_BYTES <= BITMAP_TABLE_BYTES_MAX
+        && flags & !0x3 == 0
+        && kind == 1
+        && (9..=31).contains(&granularity)
+        && (1..=1023).contains(&name)
+        && extra == 0;
+    let len = index(round_up(bytes(BITMAP_ENTRY_BYTES) + name, 8)?);
+    (good && len <= directory.len()).then_some(((offset, entries), len))
+}
+
+async fn bitmap_table(
+    file: &dyn ReadAt,
+    (offset, entries): (u64, u64),
+    cluster_size: u64,
+    scanned: &mut Scanned,
+) -> Result<(), FormatError> {
+    let len = entries * L1_ENTRY_BYTES;
+    scanned.walk(len)?;
+    if !scanned.refer(offset, len, 1)? {
+        scanned.bad_bitmaps = true;
+        return Ok(());
+    }
+    scanned.note_table(offset, len);
+    let mut chunks = Chunks::new(file, offset, len);
+    while let Some((at, chunk)) = chunks.next().await {
+        for (_, raw) in words(at, &chunk?).filter(|&(_, raw)| raw != 0) {
+            let offset = raw & OFFSET_MASK;
+            // Bit 0 says "all ones", where there is no offset.
+            let reserved = raw & !OFFSET_MASK & !u64::from(offset == 0);
+            if reserved != 0 || !offset.is_multiple_of(cluster_size) {
+                scanned.wrong(1);
+                scanned.bad_bitmaps = true;
+            } else if offset != 0 && !scanned.refer(offset, cluster_size, 1)? {
+                scanned.bad_bitmaps = true;
+            }
+        }
+    }
+    Ok(())
+}
