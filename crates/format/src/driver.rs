@@ -10,10 +10,10 @@ use crate::{FormatError, Mapper, WritableMapper};
 
 /// Every format that readonce knows, in the order in which they are probed.
 pub fn drivers() -> &'static [&'static dyn Driver] {
-    &[&crate::qed::Qed, &crate::raw::Raw]
+    &[&crate::qed::Qed, &crate::qcow2::Qcow2, &crate::raw::Raw]
 }
 
-/// The driver of that name (`qed`, `raw`).
+/// The driver of that name (`qed`, `qcow2`, `raw`).
 pub fn driver(name: &str) -> Option<&'static dyn Driver> {
     drivers().iter().copied().find(|driver| driver.name() == name)
 }
@@ -21,7 +21,7 @@ pub fn driver(name: &str) -> Option<&'static dyn Driver> {
 /// The name of a format that has no driver here but is known by its first bytes, so that nobody takes it for raw.
 pub fn unsupported_format(head: &[u8]) -> Option<&'static str> {
     let known: [(&[u8], &'static str); 6] = [
-        (b"QFI\xfb", "qcow2"),
+        (b"QFI\xfb\0\0\0\x01", "qcow"),
         (b"KDMV", "vmdk"),
         (b"# Disk DescriptorFile", "vmdk"),
         (b"vhdxfile", "vhdx"),

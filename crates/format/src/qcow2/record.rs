@@ -101,7 +101,8 @@ impl Record {
         }
         if flags & FLAG_WHOLE_NAME != 0 && bytes(name_bytes) <= WHOLE_NAME_BYTES_MAX {
             let name = std::str::from_utf8(name).ok().filter(|name| !name.is_empty() && !name.contains('\0'));
-            found.whole_name = name.map(str::to_owned);
+            // What other programs show of the backing must not be another one.
+            found.whole_name = name.filter(|name| name.starts_with(stored_name)).map(str::to_owned);
         }
         found
     }
@@ -212,28 +213,34 @@ mod tests {
 
     #[test]
     fn a_broken_byte_says_nothing_but_the_mark() {
-        let whole = encoded(&record(), "a");
+        let whole = encoded(&record(), "http:");
         for at in 0..whole.len() {
             let mut broken = whole.clone();
             broken[at] ^= 0x55;
-            let found = Record::parse(&broken, "a");
+            let found = Record::parse(&broken, "http:");
             let expect = if at == 0 { record() } else { Record { in_use: true, ..Record::default() } };
             assert_eq!(found, expect, "byte {at}");
         }
         for len in 0..whole.len() {
-            let found = Record::parse(&whole[..len], "a");
+            let found = Record::parse(&whole[..len], "http:");
             assert_eq!(found, Record { in_use: len >= 40, ..Record::default() }, "{len} bytes");
         }
     }
 
     #[test]
+    fn a_whole_name_begins_with_the_stored_one() {
+        let found = Record::parse(&encoded(&record(), "file:"), "file:");
+        assert_eq!(found, Record { whole_name: None, ..record() });
+    }
+
+    #[test]
     fn a_payload_further_on() {
-        let (fixed, payload) = record().encode("a", 100).unwrap();
+        let (fixed, payload) = record().encode("http:", 100).unwrap();
         let mut data = fixed.to_vec();
         data.resize(100, 0xee);
         data.extend_from_slice(&payload);
         data.extend_from_slice(&[0xee; 9]);
-        assert_eq!(Record::parse(&data, "a"), record());
+        assert_eq!(Record::parse(&data, "http:"), record());
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::{
     FormatError,
     driver::{CreateSpec, OptionSpec},
     number::{bytes, index, round_up},
+    options,
 };
 
 pub(super) const OPTIONS: &[OptionSpec] = &[
@@ -52,9 +53,9 @@ impl Options {
         for (name, value) in options {
             let value = value.as_deref();
             match name.as_str() {
-                "cluster_size" => parsed.cluster_size = parse_size(name, value.unwrap_or("on"))?,
-                "table_size" => parsed.table_size = parse_size(name, value.unwrap_or("on"))?,
-                "copy_on_read" => parsed.copy_on_read = parse_switch(name, value.unwrap_or("on"))?,
+                "cluster_size" => parsed.cluster_size = options::size(name, value)?,
+                "table_size" => parsed.table_size = options::size(name, value)?,
+                "copy_on_read" => parsed.copy_on_read = options::switch(name, value)?,
                 _ => return Err(FormatError::Invalid(format!("Invalid parameter '{name}'"))),
             }
         }
@@ -72,52 +73,6 @@ impl Options {
         }
         Ok(parsed)
     }
-}
-
-fn parse_switch(name: &str, value: &str) -> Result<bool, FormatError> {
-    match value {
-        "on" => Ok(true),
-        "off" => Ok(false),
-        _ => Err(FormatError::Invalid(format!("Parameter '{name}' expects 'on' or 'off'"))),
-    }
-}
-
-/// A number with one of QEMU's suffixes.
-fn parse_size(name: &str, value: &str) -> Result<u64, FormatError> {
-    let refused = || {
-        FormatError::Invalid(format!(
-            "Parameter '{name}' expects a non-negative number below 2^64\nOptional suffix k, M, G, T, P or E means \
-             kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively."
-        ))
-    };
-    let out_of_range =
-        || FormatError::Invalid(format!("Value '{value}' is out of range for parameter '{name}'"));
-    if value.strip_prefix('-').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit())) {
-        return Err(out_of_range());
-    }
-    if let Some(hex) = value.strip_prefix("0x") {
-        return u64::from_str_radix(hex, 16).map_err(|_| refused());
-    }
-    let (digits, shift) = match value.strip_suffix(|c: char| "bBkKmMgGtTpPeE".contains(c)) {
-        None => (value, 0),
-        Some(digits) => {
-            let shift = match value.chars().last().map(|c| c.to_ascii_lowercase()) {
-                Some('k') => 10,
-                Some('m') => 20,
-                Some('g') => 30,
-                Some('t') => 40,
-                Some('p') => 50,
-                Some('e') => 60,
-                _ => 0,
-            };
-            (digits, shift)
-        }
-    };
-    if digits.is_empty() || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
-        return Err(refused());
-    }
-    let number: u64 = digits.parse().map_err(|_| out_of_range())?;
-    number.checked_mul(1 << shift).ok_or_else(out_of_range)
 }
 
 /// What a new image's head holds.
@@ -265,7 +220,7 @@ mod tests {
             let expect = format!("Value '{wrong}' is out of range for parameter 'table_size'");
             check(&[("table_size", Some(wrong))], Err(&expect));
         }
-        check(&[("copy_on_read", Some("yes"))], Err("Parameter 'copy_on_read' expects 'on' or 'off'"));
+        check(&[("copy_on_read", Some("maybe"))], Err("Parameter 'copy_on_read' expects 'on' or 'off'"));
         check(&[("bogus", Some("1"))], Err("Invalid parameter 'bogus'"));
     }
 }
