@@ -628,7 +628,7 @@ mod tests {
     }
 
     #[test]
-    fn writeback_makes_room_without_a_sync() {
+    fn room_comes_back_without_a_sync() {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let file = new_file(&directory);
         if matches!(file.engine, Engine::Pool) {
@@ -637,10 +637,10 @@ mod tests {
         }
         file.dirty.add(file.dirty.bytes_max() - 3);
         file.write_now(0, b"abc").expect("just fits").expect("written");
-        while file.dirty.dirty() > 0 {
+        // By the kernel's count, or by a writeback where that says that much is dirty indeed.
+        while file.write_now(0, b"x").is_none() {
             std::thread::yield_now();
         }
-        file.write_now(0, b"x").expect("there is room again").expect("written");
     }
 
     #[test]
