@@ -27,12 +27,9 @@ pub enum LayerError {
     /// An earlier write or sync of the image failed: writes and flushes fail until it is opened again.
     #[error("writes are off since an earlier failure: {0}")]
     Latched(String),
-}
-
-impl LayerError {
-    pub(crate) fn compressed() -> Self {
-        Self::Io("a shared or compressed cluster cannot be written yet".into())
-    }
+    /// Zeros would have to be written out, and that was not wanted.
+    #[error("zeroing this range would not be fast")]
+    NotFast,
 }
 
 impl From<FormatError> for LayerError {
@@ -61,6 +58,7 @@ impl From<LayerError> for DeviceError {
     fn from(error: LayerError) -> Self {
         match error {
             LayerError::NoSpace(text) => Self::NoSpace(text),
+            LayerError::NotFast => Self::NotFast,
             other => Self::Io(other.to_string()),
         }
     }

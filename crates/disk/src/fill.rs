@@ -2,11 +2,12 @@
 //!
 //! - A fetch and a store belong to the layer, not to who asked: they go on when a client vanishes.
 //! - A fill that cannot be stored hurts no read: its readers had their bytes before it was tried.
-//! - A unit of zeros becomes a zero cluster, each by itself.
+//! - Neighbours that a piece of a fetch made complete are stored together. A unit of zeros becomes a zero cluster, each by
+//!   itself.
 
 use std::sync::Arc;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use readonce_format::{CommitMode, Reservation, Room};
 use readonce_origin::Class;
 
@@ -34,9 +35,7 @@ impl Image {
         let backing_end = self.backing_end().await?;
         let mut place = |offset: u64, bytes: Bytes| {
             let stores = self.table().fetched(fetch.id, offset, &bytes);
-            for store in stores {
-                self.start_store(store);
-            }
+            self.start_stores(stores);
         };
         for wanted in fetch.wanted.clone() {
             // The end may not have been known when the fetch was planned.
@@ -50,15 +49,37 @@ impl Image {
         Ok(())
     }
 
-    pub(crate) fn start_store(&self, store: Store<Reservation>) {
+    /// Stores complete units, which are in order: fills that lie next to each other by one task.
+    pub(crate) fn start_stores(&self, stores: Vec<Store<Reservation>>) {
+        let mut fills: Vec<Store<Reservation>> = Vec::new();
+        for store in stores {
+            let joins = store.room.is_none()
+                && fills.last().is_some_and(|last| last.unit + 1 == store.unit && last.room.is_none());
+            if !joins && !fills.is_empty() {
+                self.start_run(std::mem::take(&mut fills));
+            }
+            fills.push(store);
+        }
+        if !fills.is_empty() {
+            self.start_run(fills);
+        }
+    }
+
+    /// One unit with guest bytes, or fills that lie next to each other.
+    fn start_run(&self, run: Vec<Store<Reservation>>) {
         let image = self.shared();
         self.rt.spawn(Box::pin(async move {
-            let unit = store.unit;
-            let outcome = match store.room {
-                Some(room) => image.store_guest(room, store.bytes).await,
-                None => image.store_fill(unit, store.bytes).await,
-            };
-            image.table().stored(unit, outcome);
+            let mut fills = Vec::with_capacity(run.len());
+            for store in run {
+                match store.room {
+                    Some(room) => {
+                        let outcome = image.store_guest(room, store.bytes).await;
+                        image.table().stored(store.unit, outcome);
+                    }
+                    None => fills.push((store.unit, store.bytes)),
+                }
+            }
+            image.store_fills(&fills).await;
         }));
     }
 
@@ -79,28 +100,52 @@ impl Image {
         }
     }
 
-    async fn store_fill(self: &Arc<Self>, unit: u64, bytes: Bytes) -> Stored<Reservation> {
-        match self.try_fill(unit, bytes).await {
-            Ok(()) => Stored::Linked,
-            Err(error) => {
-                tracing::warn!("what was read is not kept: {error}");
-                Stored::Dropped
+    async fn store_fills(self: &Arc<Self>, mut fills: &[(u64, Bytes)]) {
+        while let Some((_, first)) = fills.first() {
+            let zero = is_zero(first);
+            let alike = fills.iter().take_while(|(_, bytes)| is_zero(bytes) == zero).count();
+            let stored = match self.try_fill(&fills[..alike], zero).await {
+                Ok(count) => (count, true),
+                Err(error) => {
+                    tracing::warn!("what was read is not kept: {error}");
+                    (alike, false)
+                }
+            };
+            let (done, rest) = fills.split_at(stored.0);
+            let mut table = self.table();
+            for &(unit, _) in done {
+                table.stored(unit, if stored.1 { Stored::Linked } else { Stored::Dropped });
             }
+            fills = rest;
         }
     }
 
-    async fn try_fill(self: &Arc<Self>, unit: u64, bytes: Bytes) -> Result<(), LayerError> {
+    /// Puts the first of some units that lie next to each other, all zeros or none, into the image; returns how many.
+    async fn try_fill(self: &Arc<Self>, fills: &[(u64, Bytes)], zero: bool) -> Result<usize, LayerError> {
         self.check_open()?;
-        let room = if is_zero(&bytes) { Room::Zero } else { Room::Data };
+        let start = fills[0].0 * self.unit;
+        let end = start + fills.len() as u64 * self.unit;
+        let room = if zero && self.abilities.zero { Room::Zero } else { Room::Data };
+        if room == Room::Data {
+            self.unshare_parts(start..end).await?;
+        }
         let reservation =
-            self.mapper.prepare(unit * self.unit, self.unit, room).await.map_err(|e| self.failed(e))?;
-        if let Some(at) = reservation.at {
-            self.write_file(at, bytes).await?;
+            self.mapper.prepare(start, end - start, room).await.map_err(|error| self.failed(error))?;
+        let len = reservation.len;
+        let count = usize::try_from(len / self.unit).expect("as many as are in memory");
+        match (reservation.at, &fills[..count]) {
+            (None, _) => {}
+            (Some(at), [(_, bytes)]) => self.write_file(at, bytes.clone()).await?,
+            (Some(at), fills) => {
+                let mut joined = BytesMut::with_capacity(fills.len() * fills[0].1.len());
+                fills.iter().for_each(|(_, bytes)| joined.extend_from_slice(bytes));
+                self.write_file(at, joined.freeze()).await?;
+            }
         }
         let linked = reservation.commit(CommitMode::IfAbsent);
-        debug_assert_eq!(linked, self.unit, "the table lets nobody else link a unit that is being filled");
+        debug_assert_eq!(linked, len, "the table lets nobody else link a unit that is being filled");
         self.note_commit();
-        Ok(())
+        Ok(count)
     }
 
     /// Writes to the image's file; latches when that fails.

@@ -3,6 +3,7 @@
 //! - A flush first completes the units that were written in part, then lets the format order data and links, then syncs.
 //! - Flushes at the same time share a round: one that arrives while a round runs is served by the next.
 //! - What was committed without a flush is linked in groups: at [`GROUP_BYTES_MAX`], or [`GROUP_MS_MAX`] after its first.
+//! - What a round unlinked is used again once every read and write that may have looked it up has ended (`uses`).
 //! - An image that was idle for [`SETTLE_MS`] loses its dirty mark.
 
 use std::{
@@ -10,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use readonce_format::{Durability, Reservation};
+use readonce_format::{Durability, Reservation, Unlinked};
 use readonce_origin::Class;
 use readonce_storage::runtime::timeout;
 
@@ -38,6 +39,8 @@ pub(crate) struct Rounds {
     group_open: AtomicBool,
     /// A full group is about to be closed.
     group_full: AtomicBool,
+    /// Held by who waits for the users of what was unlinked.
+    reusing: tokio::sync::Mutex<()>,
     /// Commits so far.
     commits: AtomicU64,
     closing: AtomicBool,
@@ -63,7 +66,36 @@ impl Image {
     async fn flush_round(&self) -> Result<(), LayerError> {
         self.check_latch()?;
         self.mapper.flush(Durability::Durable).await.map_err(|error| self.failed(error))?;
-        self.check_latch()
+        self.check_latch()?;
+        self.start_reuse();
+        Ok(())
+    }
+
+    /// Lets what was unlinked be used again, in the background.
+    fn start_reuse(&self) {
+        if self.uses.is_none() {
+            return;
+        }
+        let mut unlinked = std::iter::from_fn(|| self.mapper.take_unlinked()).peekable();
+        if unlinked.peek().is_none() {
+            return;
+        }
+        let (image, unlinked): (_, Vec<_>) = (self.shared(), unlinked.collect());
+        self.rt.spawn(Box::pin(async move { image.reuse(unlinked).await }));
+    }
+
+    async fn reuse(&self, unlinked: Vec<Unlinked>) {
+        let Some(uses) = &self.uses else { return };
+        let _in_order = self.rounds.reusing.lock().await;
+        uses.quiesce().await;
+        // A write whose caller went away may still be under way in the kernel, until a sync has passed.
+        if uses.take_torn()
+            && let Err(error) = self.file.sync().await
+        {
+            tracing::warn!("what was unlinked is not used again: {}", self.failed(error));
+            return;
+        }
+        unlinked.into_iter().for_each(Unlinked::reuse);
     }
 
     /// Brings every unit that was written in part into the image.
@@ -86,9 +118,7 @@ impl Image {
         for fetch in fetches {
             self.start_fetch(fetch, Class::Demand);
         }
-        for store in stores {
-            self.start_store(store);
-        }
+        self.start_stores(stores);
     }
 
     /// Told after each commit: opens a group, or closes a full one.
@@ -131,7 +161,9 @@ impl Image {
         self.rounds.group_full.store(false, Ordering::Release);
         if let Err(error) = self.mapper.flush(Durability::Linked).await {
             tracing::warn!("fills not linked: {}", self.failed(error));
+            return;
         }
+        self.start_reuse();
     }
 
     async fn wait_local(&self) {
@@ -176,6 +208,8 @@ impl Image {
         let unsaved = self.table().guest_ranges();
         let _round = self.rounds.running.lock().await;
         self.check_latch()?;
+        // What the last round unlinked is free before the format closes.
+        self.reuse(std::iter::from_fn(|| self.mapper.take_unlinked()).collect()).await;
         if unsaved.is_empty() {
             return self.mapper.close().await.map_err(|error| self.failed(error));
         }

@@ -16,17 +16,29 @@ use std::{
 };
 
 use parking_lot::{Mutex, MutexGuard};
-use readonce_format::{Extent, Mapping, Reservation, WritableMapper};
+use readonce_format::{Abilities, Extent, Mapping, Reservation, WritableMapper};
 use readonce_storage::{BoxFuture, Rt, Storage};
 
-use crate::{LayerError, compressed::Clusters, flush::Rounds, inflight::InFlight, source::Source};
+use crate::{
+    LayerError,
+    compressed::Clusters,
+    flush::Rounds,
+    inflight::{Budgets, InFlight},
+    source::Source,
+    uses::{Use, Uses, WriteInPlace},
+};
 
 /// How a layer behaves.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct ImageOptions {
     /// Reads of absent units fill the image.
     pub copy_on_read: bool,
+    /// Bounds of what is in flight.
+    pub budgets: Budgets,
 }
+
+/// Clusters that are copied at the same time at most: each may be 2 MiB in memory.
+const COPIES_MAX: usize = 16;
 
 /// The files of an image.
 pub struct ImageFiles {
@@ -56,6 +68,12 @@ pub struct Image {
     pub(crate) rounds: Rounds,
     /// Bytes.
     pub(crate) unit: u64,
+    /// Bytes.
+    pub(crate) cluster_size: u64,
+    pub(crate) abilities: Abilities,
+    /// Where nothing is ever unlinked, nobody needs to know who still reads it.
+    pub(crate) uses: Option<Uses>,
+    pub(crate) copies: tokio::sync::Semaphore,
     me: Weak<Image>,
     table: Mutex<InFlight<Reservation>>,
     /// Entries in the table, readable without its lock.
@@ -100,7 +118,7 @@ impl Image {
         options: ImageOptions,
     ) -> Arc<Self> {
         let geometry = mapper.geometry();
-        let (unit, files) = (geometry.fill_unit, files.into());
+        let (unit, files, abilities) = (geometry.fill_unit, files.into(), mapper.abilities());
         let clusters = Clusters::new(files.own, geometry.cluster_size, Arc::clone(&rt));
         Arc::new_cyclic(|me| Self {
             mapper,
@@ -110,8 +128,12 @@ impl Image {
             rt,
             rounds: Rounds::default(),
             unit,
+            cluster_size: geometry.cluster_size,
+            abilities,
+            uses: abilities.unlink.then(Uses::default),
+            copies: tokio::sync::Semaphore::new(COPIES_MAX),
             me: me.clone(),
-            table: Mutex::new(InFlight::new(unit)),
+            table: Mutex::new(InFlight::new(unit, options.budgets)),
             busy: AtomicUsize::new(0),
             copy_on_read: AtomicBool::new(options.copy_on_read),
             backing_end: OnceLock::new(),
@@ -186,6 +208,16 @@ impl Image {
         }
     }
 
+    /// Before a lookup whose place is then read: it stays what it is until this is dropped.
+    pub(crate) fn enter(&self) -> Option<Use<'_>> {
+        self.uses.as_ref().map(Uses::enter)
+    }
+
+    /// Before a lookup whose place is then written.
+    pub(crate) fn enter_write(&self) -> WriteInPlace<'_> {
+        WriteInPlace::begin(self.uses.as_ref())
+    }
+
     /// The unit's mapping now, if that can be told without waiting.
     pub(crate) fn mapping_now(&self, unit: u64) -> Option<Mapping> {
         self.mapper.lookup_now(unit * self.unit, 1)?.ok().map(|extent| extent.mapping)
@@ -212,6 +244,7 @@ impl Image {
     pub(crate) fn read_local(&self, offset: u64, buf: &mut [u8]) -> Option<Result<(), LayerError>> {
         // Asked before the map is: an entry that is gone by now is in the map.
         let quiet = self.busy.load(Ordering::Acquire) == 0;
+        let _inside = self.enter();
         let mut done = 0usize;
         while done < buf.len() {
             let at = offset + done as u64;
@@ -255,6 +288,7 @@ impl Image {
         if let Err(error) = self.check_latch() {
             return Some(Err(error));
         }
+        let _inside = self.enter();
         let mut done = 0usize;
         while done < data.len() {
             let at = offset + done as u64;

@@ -7,25 +7,24 @@
 //! - A guest write of a whole unit takes over a fetch; the late bytes of that fetch find another owner and are dropped.
 //! - A guest's write into a unit being fetched is *absorbed* and completes without the network. An entry with guest bytes
 //!   holds room in the image, taken before the write completes, and ends only by being stored.
+//! - Room for a unit is prepared by its owner alone: a `Writing` entry stands for it meanwhile, or the entry says so. What holds
+//!   no entry is in nobody's reservation.
 //! - A waiter is told in the order in which it came, at the moment its own bytes are known.
-//! - At most [`FETCH_BYTES_MAX`] of units without and [`GUEST_BYTES_MAX`] of units with guest bytes are in flight (but
-//!   always one); beyond, callers wait. All of them are woken when room comes, and the first to ask again has it.
+//! - Units in flight without, and units with guest bytes have a bound each ([`Budgets`], but always one unit); beyond, callers
+//!   wait and are let in in the order in which they came.
 //!
 //! Deciding only: nothing here does I/O or knows the time. Not here: what owners do (`fill`, `write`), durability (`flush`).
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    ops::Range,
-};
+use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
 use bytes::Bytes;
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::{error::LayerError, ranges::RangeSet};
 
-/// Bytes of units in flight without guest bytes. 64 MiB: at 40 ms it is what a 12 Gbit/s link holds.
+/// Bytes of units in flight without guest bytes, by default. 64 MiB: at 40 ms it is what a 12 Gbit/s link holds.
 pub const FETCH_BYTES_MAX: u64 = 64 << 20;
-/// Bytes of units in flight with guest bytes, which stay in memory while the origin is away.
+/// Bytes of units in flight with guest bytes, which stay in memory while the origin is away, by default.
 pub const GUEST_BYTES_MAX: u64 = 64 << 20;
 /// A known stretch inside a unit up to this long is fetched again rather than cut a request in two: a request costs a
 /// round trip's share, 64 KiB cost 5 ms at 100 Mbit/s.
@@ -88,17 +87,80 @@ pub enum Write<R> {
     NeedsRoom,
     /// The fetch was taken over: the unit is `Writing` and the caller's until [`InFlight::end_write`].
     TakenOver,
-    /// Another owner does local I/O: wait, then look again.
+    /// Another owner does local I/O, or takes room for it: wait, then look again.
     Wait(oneshot::Receiver<()>),
+}
+
+/// Answer to the wish to own units, all or none.
+pub enum Own {
+    /// They are `Writing` and the caller's until [`InFlight::end_write`].
+    All,
+    /// Another owner does local I/O in one of them: wait, then look again.
+    Wait(oneshot::Receiver<()>),
+    /// One of them holds guest bytes that are not stored yet.
+    Guest,
 }
 
 /// Which bound a unit counts against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Budget {
-    /// [`FETCH_BYTES_MAX`].
+    /// Units without guest bytes.
     Fetch,
-    /// [`GUEST_BYTES_MAX`].
+    /// Units with guest bytes.
     Guest,
+}
+
+/// The bounds, bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Budgets {
+    /// Units without guest bytes.
+    pub fetch_bytes_max: u64,
+    /// Units with guest bytes.
+    pub guest_bytes_max: u64,
+}
+
+impl Default for Budgets {
+    fn default() -> Self {
+        Self { fetch_bytes_max: FETCH_BYTES_MAX, guest_bytes_max: GUEST_BYTES_MAX }
+    }
+}
+
+/// Leave for one unit to come in flight; given back when dropped.
+#[derive(Debug)]
+pub struct Leave {
+    _permit: OwnedSemaphorePermit,
+}
+
+/// A place among those who wait until another unit may come in flight.
+#[derive(Debug)]
+pub struct Queue {
+    places: Arc<Semaphore>,
+    failure: Option<oneshot::Receiver<LayerError>>,
+}
+
+impl Queue {
+    /// Waits for the caller's turn.
+    ///
+    /// # Errors
+    /// What holds guest bytes could not be fetched or stored: whoever waits for their memory might wait for ever.
+    pub async fn turn(self) -> Result<Leave, LayerError> {
+        let acquire = std::pin::pin!(self.places.acquire_owned());
+        let failure = async {
+            match self.failure {
+                Some(failure) => match failure.await {
+                    Ok(error) => error,
+                    Err(_) => std::future::pending().await,
+                },
+                None => std::future::pending().await,
+            }
+        };
+        match futures_util::future::select(acquire, std::pin::pin!(failure)).await {
+            futures_util::future::Either::Left((permit, _)) => {
+                Ok(Leave { _permit: permit.expect("nobody closes it") })
+            }
+            futures_util::future::Either::Right((error, _)) => Err(error),
+        }
+    }
 }
 
 /// What became of a store.
@@ -126,9 +188,11 @@ pub struct InFlight<R> {
     unit_bytes: u64,
     entries: BTreeMap<u64, Entry<R>>,
     fetch_next: u64,
-    fetch_bytes: u64,
-    guest_bytes: u64,
-    room_waiters: VecDeque<oneshot::Sender<Result<(), LayerError>>>,
+    /// Leave, a permit a unit.
+    fetch_places: Arc<Semaphore>,
+    guest_places: Arc<Semaphore>,
+    /// Who waits for the memory of units with guest bytes.
+    guest_waiters: Vec<oneshot::Sender<LayerError>>,
 }
 
 struct Entry<R> {
@@ -139,9 +203,11 @@ struct Entry<R> {
     known: RangeSet,
     /// Offsets inside the unit that are a guest's: with any, the entry must not end without being stored.
     guest: RangeSet,
-    /// Against which bound the unit's bytes count; a `Writing` unit holds none here.
-    counted: Option<Budget>,
+    /// Against which bound the unit's bytes count; a unit that is written whole holds none.
+    leave: Option<Leave>,
     room: Option<R>,
+    /// The owner of a guest's write is taking room for it.
+    preparing: bool,
     readers: Vec<Reader>,
     local_waiters: Vec<oneshot::Sender<()>>,
     flush_waiters: Vec<oneshot::Sender<Result<(), LayerError>>>,
@@ -162,14 +228,18 @@ struct Reader {
 
 impl<R> InFlight<R> {
     /// An empty table for units of `unit_bytes`.
-    pub fn new(unit_bytes: u64) -> Self {
+    pub fn new(unit_bytes: u64, budgets: Budgets) -> Self {
+        let places = |bytes_max: u64| {
+            let count = usize::try_from(bytes_max / unit_bytes).unwrap_or(usize::MAX);
+            Arc::new(Semaphore::new(count.clamp(1, Semaphore::MAX_PERMITS)))
+        };
         Self {
             unit_bytes,
             entries: BTreeMap::new(),
             fetch_next: 0,
-            fetch_bytes: 0,
-            guest_bytes: 0,
-            room_waiters: VecDeque::new(),
+            fetch_places: places(budgets.fetch_bytes_max),
+            guest_places: places(budgets.guest_bytes_max),
+            guest_waiters: Vec::new(),
         }
     }
 
@@ -185,7 +255,7 @@ impl<R> InFlight<R> {
 
     /// Lets go of every fetch without guest bytes, at shutdown; its readers fail with `error`. Late bytes find nobody.
     pub fn abandon_fetches(&mut self, error: &LayerError) {
-        let plain = |entry: &Entry<R>| matches!(entry.state, State::Fetching(_)) && !entry.is_guest();
+        let plain = |entry: &Entry<R>| matches!(entry.state, State::Fetching(_)) && entry.is_plain();
         let units: Vec<u64> =
             self.entries.iter().filter(|(_, entry)| plain(entry)).map(|(&unit, _)| unit).collect();
         for unit in units {
@@ -201,7 +271,8 @@ impl<R> InFlight<R> {
     /// Lets go of all that is not stored, at shutdown after unsaved guest bytes were named. Late bytes find nobody. Units under
     /// local I/O stay: their owners report back.
     pub fn abandon(&mut self) {
-        let lost = |entry: &Entry<R>| matches!(entry.state, State::Fetching(_) | State::Held);
+        let lost =
+            |entry: &Entry<R>| matches!(entry.state, State::Fetching(_) | State::Held) && !entry.preparing;
         let units: Vec<u64> =
             self.entries.iter().filter(|(_, entry)| lost(entry)).map(|(&unit, _)| unit).collect();
         for unit in units {
@@ -214,10 +285,8 @@ impl<R> InFlight<R> {
         let entry = self
             .entries
             .values_mut()
-            .find(|entry| matches!(entry.state, State::Storing(_) | State::Writing))?;
-        let (tell, told) = oneshot::channel();
-        entry.local_waiters.push(tell);
-        Some(told)
+            .find(|entry| entry.preparing || matches!(entry.state, State::Storing(_) | State::Writing))?;
+        Some(entry.wait_local())
     }
 
     /// Whether an entry exists for `unit`.
@@ -244,18 +313,27 @@ impl<R> InFlight<R> {
         set.iter().collect()
     }
 
-    /// Whether another unit may come in flight; else who to wait on. The waiter may find the room taken again.
-    pub fn admit(&mut self, budget: Budget) -> Result<(), oneshot::Receiver<Result<(), LayerError>>> {
-        let (used, max) = match budget {
-            Budget::Guest => (self.guest_bytes, GUEST_BYTES_MAX),
-            Budget::Fetch => (self.fetch_bytes, FETCH_BYTES_MAX),
+    /// Leave for another unit to come in flight; else the queue to wait in.
+    pub fn admit(&mut self, budget: Budget) -> Result<Leave, Queue> {
+        let places = match budget {
+            Budget::Guest => &self.guest_places,
+            Budget::Fetch => &self.fetch_places,
         };
-        if used == 0 || used + self.unit_bytes <= max {
-            return Ok(());
+        if let Ok(permit) = Arc::clone(places).try_acquire_owned() {
+            return Ok(Leave { _permit: permit });
         }
-        let (tell, told) = oneshot::channel();
-        self.room_waiters.push_back(tell);
-        Err(told)
+        let failure = (budget == Budget::Guest).then(|| {
+            let (tell, told) = oneshot::channel();
+            self.guest_waiters.retain(|waiter| !waiter.is_closed());
+            self.guest_waiters.push(tell);
+            told
+        });
+        Err(Queue { places: Arc::clone(places), failure })
+    }
+
+    /// The first unit of `units` that is in flight.
+    pub fn first_busy(&self, units: Range<u64>) -> Option<u64> {
+        self.entries.range(units).next().map(|(&unit, _)| unit)
     }
 
     /// Bytes `range` (inside the unit) of `unit`.
@@ -275,42 +353,38 @@ impl<R> InFlight<R> {
         Read::Wait(told, fetch)
     }
 
-    /// Begins to fetch `units`, none of which is in flight. Bytes from guest offset `backing_end` on are zeros that need
-    /// no fetch.
-    pub fn begin_fetch(&mut self, units: Range<u64>, backing_end: u64) -> Fetch {
-        assert!(!units.is_empty());
+    /// Begins to fetch `unit`, which is not in flight. Bytes from guest offset `backing_end` on are zeros that need no
+    /// fetch.
+    pub fn begin_fetch(&mut self, unit: u64, leave: Leave, backing_end: u64) -> Fetch {
         let id = FetchId(self.fetch_next);
         self.fetch_next += 1;
-        for unit in units.clone() {
-            let entry = Entry::fetching(id, unit, self.unit_bytes, backing_end, Budget::Fetch);
-            self.fetch_bytes += self.unit_bytes;
-            self.insert(unit, entry);
-        }
-        let start = units.start * self.unit_bytes;
-        let end = (units.end * self.unit_bytes).min(backing_end);
+        let entry = Entry::fetching(id, unit, self.unit_bytes, backing_end, leave);
+        self.insert(unit, entry);
+        let start = unit * self.unit_bytes;
+        let end = (start + self.unit_bytes).min(backing_end);
         assert!(start < end, "a fetch past the backing's end");
-        Fetch { id, units, wanted: vec![start..end] }
+        Fetch { id, units: unit..unit + 1, wanted: vec![start..end] }
     }
 
-    /// Adds the next unit, which is not in flight, to a fetch that was begun under this same lock. `false`: it cannot take it.
-    pub fn extend_fetch(&mut self, fetch: &mut Fetch, backing_end: u64) -> bool {
+    /// Adds the next unit, which is not in flight, to a fetch that was begun under this same lock. The leave comes back where
+    /// the fetch cannot take it.
+    pub fn extend_fetch(&mut self, fetch: &mut Fetch, leave: Leave, backing_end: u64) -> Result<(), Leave> {
         let unit = fetch.units.end;
         let start = unit * self.unit_bytes;
         let joins = fetch.wanted.last().is_some_and(|last| last.end == start);
         if !joins || start >= backing_end {
-            return false;
+            return Err(leave);
         }
-        let entry = Entry::fetching(fetch.id, unit, self.unit_bytes, backing_end, Budget::Fetch);
-        self.fetch_bytes += self.unit_bytes;
+        let entry = Entry::fetching(fetch.id, unit, self.unit_bytes, backing_end, leave);
         self.insert(unit, entry);
         fetch.units.end += 1;
         if let Some(last) = fetch.wanted.last_mut() {
             last.end = (start + self.unit_bytes).min(backing_end);
         }
-        true
+        Ok(())
     }
 
-    /// A piece of a fetch: `data` for guest offset `offset`. Returns the units that are complete now.
+    /// A piece of a fetch: `data` for guest offset `offset`. Returns the units that are complete now, in order.
     pub fn fetched(&mut self, id: FetchId, offset: u64, data: &[u8]) -> Vec<Store<R>> {
         let mut ready = Vec::new();
         let mut done = 0usize;
@@ -332,11 +406,15 @@ impl<R> InFlight<R> {
         ready
     }
 
-    /// A fetch has ended: units that it left incomplete fail, but guest bytes are kept.
+    /// A fetch has ended: units that it left incomplete fail, but guest bytes are kept, and so is what room is being taken for.
     pub fn fetch_ended(&mut self, fetch: &Fetch, error: Option<LayerError>) {
         for unit in fetch.units.clone() {
             let Some(entry) = self.entries.get_mut(&unit) else { continue };
             if !matches!(entry.state, State::Fetching(owner) if owner == fetch.id) {
+                continue;
+            }
+            if entry.preparing && entry.is_complete(self.unit_bytes) {
+                entry.state = State::Held;
                 continue;
             }
             let error =
@@ -344,14 +422,13 @@ impl<R> InFlight<R> {
             for reader in entry.readers.drain(..) {
                 let _ = reader.tell.send(Delivery::Failed(error.clone()));
             }
-            if entry.is_guest() {
+            if !entry.is_plain() {
                 entry.state = State::Held;
                 for waiter in entry.flush_waiters.drain(..) {
                     let _ = waiter.send(Err(error.clone()));
                 }
-                // Whoever waits for this memory would wait for ever.
-                for waiter in self.room_waiters.drain(..) {
-                    let _ = waiter.send(Err(error.clone()));
+                for waiter in self.guest_waiters.drain(..) {
+                    let _ = waiter.send(error.clone());
                 }
             } else {
                 self.remove(unit);
@@ -365,30 +442,15 @@ impl<R> InFlight<R> {
         let whole = data.len() as u64 == unit_bytes;
         let Some(entry) = self.entries.get_mut(&unit) else { return Write::Free };
         match entry.state {
-            State::Storing(_) | State::Writing => {
-                let (tell, told) = oneshot::channel();
-                entry.local_waiters.push(tell);
-                Write::Wait(told)
-            }
+            _ if entry.preparing => Write::Wait(entry.wait_local()),
+            State::Storing(_) | State::Writing => Write::Wait(entry.wait_local()),
             // Without guest bytes there is nothing to lose should the write fail.
-            State::Fetching(_) if whole && !entry.is_guest() => {
-                self.fetch_bytes -= unit_bytes;
-                entry.state = State::Writing;
-                entry.counted = None;
-                entry.bytes = Vec::new();
+            State::Fetching(_) if whole && entry.is_plain() => {
+                entry.take_over();
                 Write::TakenOver
             }
             State::Fetching(_) | State::Held if entry.room.is_none() => Write::NeedsRoom,
             State::Fetching(_) | State::Held => {
-                if !entry.is_guest() {
-                    entry.counted = Some(Budget::Guest);
-                    self.fetch_bytes -= unit_bytes;
-                    self.guest_bytes += unit_bytes;
-                    // Readers may wait for what was counted as a fetch.
-                    for waiter in self.room_waiters.drain(..) {
-                        let _ = waiter.send(Ok(()));
-                    }
-                }
                 entry.overwrite(from, data);
                 entry.tell_readers();
                 let store = entry.store_if_complete(unit, unit_bytes);
@@ -397,35 +459,62 @@ impl<R> InFlight<R> {
         }
     }
 
-    /// Gives a unit that is being fetched its room, before the first guest byte. Returned if it cannot take it: look again.
-    pub fn attach(&mut self, unit: u64, room: R) -> Result<(), R> {
-        match self.entries.get_mut(&unit) {
-            Some(entry)
-                if matches!(entry.state, State::Fetching(_) | State::Held) && entry.room.is_none() =>
-            {
-                entry.room = Some(room);
-                Ok(())
-            }
-            _ => Err(room),
-        }
+    /// The caller takes room for a unit that [`Write::NeedsRoom`] was said of, and then says [`InFlight::attach`] or
+    /// [`InFlight::end_prepare`]. From now on it counts as a unit with guest bytes.
+    pub fn begin_prepare(&mut self, unit: u64, leave: Leave) {
+        let entry = self.entries.get_mut(&unit).expect("its state was just asked");
+        assert!(matches!(entry.state, State::Fetching(_) | State::Held));
+        assert!(!entry.preparing && entry.room.is_none());
+        entry.preparing = true;
+        entry.leave = Some(leave);
     }
 
-    /// Begins an entry for a guest's write into a part of an absent unit that is not in flight. Returns the fetch of the
-    /// other bytes, or the store where no byte of the backing is needed.
+    /// Gives a unit its room, and the first bytes of a guest with it. Returns the store if all is known.
+    pub fn attach(&mut self, unit: u64, room: R, from: u64, data: &[u8]) -> Option<Store<R>> {
+        let entry = self.entries.get_mut(&unit).expect("an entry stays while room is taken for it");
+        assert!(entry.preparing && entry.room.is_none());
+        entry.preparing = false;
+        entry.room = Some(room);
+        entry.overwrite(from, data);
+        entry.tell_readers();
+        entry.tell_local_waiters();
+        entry.store_if_complete(unit, self.unit_bytes)
+    }
+
+    /// No room could be taken. The unit may be complete by now, and is then stored as a fill.
+    pub fn end_prepare(&mut self, unit: u64) -> Option<Store<R>> {
+        let entry = self.entries.get_mut(&unit).expect("an entry stays while room is taken for it");
+        assert!(entry.preparing && !entry.is_guest());
+        entry.preparing = false;
+        entry.tell_local_waiters();
+        let store = entry.store_if_complete(unit, self.unit_bytes);
+        if store.is_none() && matches!(entry.state, State::Held) {
+            self.remove(unit);
+        }
+        store
+    }
+
+    /// Turns a `Writing` entry of the caller's into that of a guest's write into a part of the unit, which is absent. Returns the
+    /// fetch of the other bytes, or the store where no byte of the backing is needed.
     pub fn begin_guest(
         &mut self,
         unit: u64,
-        room: R,
+        (room, leave): (R, Leave),
         from: u64,
         data: &[u8],
         backing_end: u64,
     ) -> (Option<Fetch>, Option<Store<R>>) {
         let id = FetchId(self.fetch_next);
         self.fetch_next += 1;
-        let mut entry = Entry::fetching(id, unit, self.unit_bytes, backing_end, Budget::Guest);
+        let mut entry = Entry::fetching(id, unit, self.unit_bytes, backing_end, leave);
         entry.room = Some(room);
         entry.overwrite(from, data);
-        self.guest_bytes += self.unit_bytes;
+        let mut before = self.entries.remove(&unit).expect("an owner turns what it began");
+        assert!(matches!(before.state, State::Writing), "only the writer turns its write");
+        before.tell_local_waiters();
+        entry.readers = before.readers;
+        entry.flush_waiters = before.flush_waiters;
+        entry.tell_readers();
         let store = entry.store_if_complete(unit, self.unit_bytes);
         let fetch = store.is_none().then(|| entry.refetch(id, unit, self.unit_bytes));
         self.insert(unit, entry);
@@ -435,6 +524,31 @@ impl<R> InFlight<R> {
     /// Makes the caller the owner of `unit`, which is not in flight, for local I/O.
     pub fn begin_write(&mut self, unit: u64) {
         self.insert(unit, Entry::new(State::Writing, Vec::new(), None));
+    }
+
+    /// Told when the first unit of `units` that is in flight may have ended.
+    pub fn wait_any(&mut self, units: Range<u64>) -> Option<oneshot::Receiver<()>> {
+        let (_, entry) = self.entries.range_mut(units).next()?;
+        Some(entry.wait_local())
+    }
+
+    /// Makes the caller the owner of all of `units`, or of none. Plain fetches are taken over.
+    pub fn own(&mut self, units: Range<u64>) -> Own {
+        for entry in self.entries.range_mut(units.clone()).map(|(_, entry)| entry) {
+            match entry.state {
+                _ if entry.preparing => return Own::Wait(entry.wait_local()),
+                State::Storing(_) | State::Writing => return Own::Wait(entry.wait_local()),
+                State::Fetching(_) | State::Held if !entry.is_plain() => return Own::Guest,
+                State::Fetching(_) | State::Held => {}
+            }
+        }
+        for unit in units {
+            match self.entries.get_mut(&unit) {
+                Some(entry) => entry.take_over(),
+                None => self.begin_write(unit),
+            }
+        }
+        Own::All
     }
 
     /// Ends what `begin_write` or a take-over began.
@@ -462,11 +576,9 @@ impl<R> InFlight<R> {
                 for waiter in entry.flush_waiters.drain(..) {
                     let _ = waiter.send(Err(error.clone()));
                 }
-                for waiter in entry.local_waiters.drain(..) {
-                    let _ = waiter.send(());
-                }
-                for waiter in self.room_waiters.drain(..) {
-                    let _ = waiter.send(Err(error.clone()));
+                entry.tell_local_waiters();
+                for waiter in self.guest_waiters.drain(..) {
+                    let _ = waiter.send(error.clone());
                 }
             }
         }
@@ -487,7 +599,8 @@ impl<R> InFlight<R> {
     /// What had failed, to be started again. Nobody is told when it ends.
     pub fn retry_held(&mut self) -> (Vec<Fetch>, Vec<Store<R>>) {
         let (mut fetches, mut stores) = (Vec::new(), Vec::new());
-        let held = self.entries.iter_mut().filter(|(_, entry)| matches!(entry.state, State::Held));
+        let is_held = |entry: &Entry<R>| matches!(entry.state, State::Held) && !entry.preparing;
+        let held = self.entries.iter_mut().filter(|(_, entry)| is_held(entry));
         for (&unit, entry) in held {
             if let Some(store) = entry.store_if_complete(unit, self.unit_bytes) {
                 stores.push(store);
@@ -505,45 +618,36 @@ impl<R> InFlight<R> {
     }
 
     fn remove(&mut self, unit: u64) {
-        let Some(entry) = self.entries.remove(&unit) else { return };
-        match entry.counted {
-            Some(Budget::Guest) => self.guest_bytes -= self.unit_bytes,
-            Some(Budget::Fetch) => self.fetch_bytes -= self.unit_bytes,
-            None => {}
-        }
+        let Some(mut entry) = self.entries.remove(&unit) else { return };
+        entry.tell_local_waiters();
         for reader in entry.readers {
             let _ = reader.tell.send(Delivery::Retry);
         }
-        for waiter in entry.local_waiters {
-            let _ = waiter.send(());
-        }
         for waiter in entry.flush_waiters {
-            let _ = waiter.send(Ok(()));
-        }
-        for waiter in self.room_waiters.drain(..) {
             let _ = waiter.send(Ok(()));
         }
     }
 }
 
 impl<R> Entry<R> {
-    fn new(state: State, bytes: Vec<u8>, counted: Option<Budget>) -> Self {
+    fn new(state: State, bytes: Vec<u8>, leave: Option<Leave>) -> Self {
         Self {
             state,
             bytes,
             known: RangeSet::default(),
             guest: RangeSet::default(),
-            counted,
+            leave,
             room: None,
+            preparing: false,
             readers: Vec::new(),
             local_waiters: Vec::new(),
             flush_waiters: Vec::new(),
         }
     }
 
-    fn fetching(id: FetchId, unit: u64, unit_bytes: u64, backing_end: u64, counted: Budget) -> Self {
+    fn fetching(id: FetchId, unit: u64, unit_bytes: u64, backing_end: u64, leave: Leave) -> Self {
         let bytes = vec![0; usize::try_from(unit_bytes).expect("a fill unit is at most 64 MiB")];
-        let mut entry = Self::new(State::Fetching(id), bytes, Some(counted));
+        let mut entry = Self::new(State::Fetching(id), bytes, Some(leave));
         // Past the backing's end the guest reads zeros, and the buffer is zeros already.
         entry.known.insert(backing_end.saturating_sub(unit * unit_bytes).min(unit_bytes)..unit_bytes);
         entry
@@ -595,6 +699,34 @@ impl<R> Entry<R> {
         !self.guest.is_empty()
     }
 
+    /// Nothing would be lost if it went.
+    fn is_plain(&self) -> bool {
+        !self.is_guest() && !self.preparing
+    }
+
+    fn is_complete(&self, unit_bytes: u64) -> bool {
+        self.known.covers(&(0..unit_bytes))
+    }
+
+    fn take_over(&mut self) {
+        assert!(self.is_plain() && self.room.is_none());
+        self.state = State::Writing;
+        self.leave = None;
+        self.bytes = Vec::new();
+    }
+
+    fn wait_local(&mut self) -> oneshot::Receiver<()> {
+        let (tell, told) = oneshot::channel();
+        self.local_waiters.push(tell);
+        told
+    }
+
+    fn tell_local_waiters(&mut self) {
+        for waiter in self.local_waiters.drain(..) {
+            let _ = waiter.send(());
+        }
+    }
+
     fn tell_readers(&mut self) {
         for reader in std::mem::take(&mut self.readers) {
             match self.known_bytes(&reader.range) {
@@ -607,7 +739,8 @@ impl<R> Entry<R> {
     }
 
     fn store_if_complete(&mut self, unit: u64, unit_bytes: u64) -> Option<Store<R>> {
-        if !self.known.covers(&(0..unit_bytes)) {
+        // With guest bytes it goes into the room that is being taken for it.
+        if self.preparing || !self.is_complete(unit_bytes) {
             return None;
         }
         let bytes = Bytes::from(std::mem::take(&mut self.bytes));

@@ -3,6 +3,7 @@
 //! - `device`: [`BlockDevice`], the trait that exports serve. - `disk`: the top of a chain as such a device.
 //! - `image`: a layer open for writing; `read`, `write`, `zero`, `fill`, `flush` are its waiting paths.
 //! - `inflight`: who changes which unit; a plain state machine.
+//! - `copy`: clusters that are copied before they are written. `uses`: who may still read what was unlinked.
 //! - `compressed`: compressed clusters, decompressed once.
 //! - `source`: what an image has behind it; `base`: a read-only layer; `lazy`: one that is opened when needed.
 //! - `chain`: opening all of it under one policy.
@@ -13,6 +14,7 @@
 pub mod base;
 pub mod chain;
 mod compressed;
+mod copy;
 pub mod device;
 pub mod disk;
 pub mod error;
@@ -25,8 +27,14 @@ mod ranges;
 pub mod read;
 pub mod source;
 mod status;
+mod uses;
 mod write;
 mod zero;
+
+/// What counts without a lock. Its own module, so that a test can run `uses` under drawn schedules.
+mod atomics {
+    pub use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+}
 
 pub use base::{Base, BaseFiles};
 pub use device::{BlockDevice, DeviceError, StatusExtent, ZeroMode};

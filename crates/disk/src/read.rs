@@ -15,8 +15,9 @@ use crate::{
     LayerError,
     compressed::part_of,
     image::Image,
-    inflight::{Budget, Delivery, Fetch, Read},
+    inflight::{Budget, Delivery, Fetch, Leave, Queue, Read},
     source::sink_zeros,
+    uses::Use,
 };
 
 /// Bytes that one fetch asks for; a longer want is cut, so that several connections work on it.
@@ -39,8 +40,8 @@ struct Plan {
 
 /// Why a pass under the table's lock ended early.
 enum Stop {
-    /// The table is full: who to wait on.
-    Full(oneshot::Receiver<Result<(), LayerError>>),
+    /// The table is full: where to wait.
+    Full(Queue),
     /// Where the backing ends must be known first.
     BackingEnd,
 }
@@ -48,6 +49,7 @@ enum Stop {
 impl Image {
     /// Reads `len` bytes at `offset`.
     pub async fn read(&self, offset: u64, len: usize) -> Result<Bytes, LayerError> {
+        let inside = self.enter();
         if let Some(extent) = self.mapper.lookup_now(offset, len as u64) {
             let extent = extent?;
             match extent.mapping {
@@ -57,6 +59,7 @@ impl Image {
                 Mapping::Zero | Mapping::Absent => {}
             }
         }
+        drop(inside);
         let mut buf = BytesMut::zeroed(len);
         let mut place = |at: u64, bytes: Bytes| {
             let from = (at - offset) as usize;
@@ -76,6 +79,7 @@ impl Image {
         let mut todo = VecDeque::from([range]);
         while let Some(range) = todo.pop_front() {
             let mut plan = Plan::default();
+            let inside = self.enter();
             let mut at = range.start;
             while at < range.end {
                 let extent = self.lookup(at, range.end - at).await?;
@@ -90,7 +94,7 @@ impl Image {
                 at = part.end;
             }
             todo.append(&mut plan.again);
-            self.collect(plan, class, sink, &mut todo).await?;
+            self.collect(plan, inside, class, sink, &mut todo).await?;
         }
         Ok(())
     }
@@ -98,6 +102,7 @@ impl Image {
     async fn collect(
         &self,
         plan: Plan,
+        inside: Option<Use<'_>>,
         class: Class,
         sink: Sink<'_>,
         todo: &mut VecDeque<Range<u64>>,
@@ -120,6 +125,7 @@ impl Image {
             let len = usize::try_from(range.end - range.start).expect("at most a cluster");
             sink(range.start, part_of(&coming.bytes().await?, place.skip, len)?);
         }
+        drop(inside);
         for range in plan.through {
             let backing = self.backing.as_ref().expect("only a backing is read through");
             backing.fetch(range, class, sink).await?;
@@ -144,32 +150,37 @@ impl Image {
         plan: &mut Plan,
     ) -> Result<(), LayerError> {
         let mut at = range.start;
+        let mut leave = None;
         while at < range.end {
             let mut fetches = Vec::new();
-            let stop = self.claim(&mut at, &range, self.backing_end_known(), sink, plan, &mut fetches);
+            let backing_end = self.backing_end_known();
+            let stop = self.claim(&mut at, &range, backing_end, &mut leave, sink, plan, &mut fetches);
             for fetch in fetches {
                 self.start_fetch(fetch, class);
             }
             match stop {
                 None => {}
                 Some(Stop::BackingEnd) => drop(self.backing_end().await?),
-                Some(Stop::Full(room)) => {
-                    // The table is full: what was claimed goes on by itself, the rest waits for room.
-                    let _ = room.await;
+                // What is on its way is collected first: it waits in memory.
+                Some(Stop::Full(_)) if !plan.waits.is_empty() => {
                     plan.again.push_back(at..range.end);
                     return Ok(());
                 }
+                Some(Stop::Full(queue)) => leave = Some(queue.turn().await?),
             }
         }
         Ok(())
     }
 
-    /// One pass under the table's lock over `at..range.end`; moves `at` on. Returns why it stopped early.
+    /// One pass under the table's lock over `at..range.end`; moves `at` on. `leave` is for the first unit that needs one.
+    /// Returns why it stopped early.
+    #[allow(clippy::too_many_arguments, reason = "the state of one pass")]
     fn claim(
         &self,
         at: &mut u64,
         range: &Range<u64>,
         backing_end: Option<u64>,
+        leave: &mut Option<Leave>,
         sink: Sink<'_>,
         plan: &mut Plan,
         fetches: &mut Vec<Fetch>,
@@ -200,10 +211,11 @@ impl Image {
                         sink_zeros(end..part.end, sink);
                     }
                     (Some(Mapping::Absent), Some(backing_end)) => {
-                        if let Err(room) = table.admit(Budget::Fetch) {
-                            return Some(Stop::Full(room));
-                        }
-                        self.extend_or_begin(&mut table, unit, backing_end, fetches);
+                        let leave = match leave.take().map_or_else(|| table.admit(Budget::Fetch), Ok) {
+                            Ok(leave) => leave,
+                            Err(queue) => return Some(Stop::Full(queue)),
+                        };
+                        self.extend_or_begin(&mut table, unit, leave, backing_end, fetches);
                         let Read::Wait(told, None) = table.read(unit, inside) else {
                             panic!("a fetch that has just begun knows nothing yet")
                         };
@@ -225,16 +237,21 @@ impl Image {
         &self,
         table: &mut crate::image::Table<'_>,
         unit: u64,
+        leave: Leave,
         backing_end: u64,
         fetches: &mut Vec<Fetch>,
     ) {
-        if let Some(last) = fetches.last_mut()
-            && last.units.end == unit
-            && (last.units.end - last.units.start) * self.unit < FETCH_RUN_BYTES_MAX
-            && table.extend_fetch(last, backing_end)
-        {
-            return;
+        let leave = match fetches.last_mut() {
+            Some(last)
+                if last.units.end == unit
+                    && (last.units.end - last.units.start) * self.unit < FETCH_RUN_BYTES_MAX =>
+            {
+                table.extend_fetch(last, leave, backing_end)
+            }
+            _ => Err(leave),
+        };
+        if let Err(leave) = leave {
+            fetches.push(table.begin_fetch(unit, leave, backing_end));
         }
-        fetches.push(table.begin_fetch(unit..unit + 1, backing_end));
     }
 }

@@ -1,13 +1,24 @@
-//! The in-flight table under every schedule that shuttle draws: threads that fetch, store and write one unit, with the two races
-//! of 2011 by name. The image is a map and its bytes behind locks of their own, as in the engine.
+//! Under every schedule that shuttle draws: the in-flight table, with threads that fetch, store and write one unit, and the two
+//! races of 2011 by name (the image is a map and its bytes behind locks of their own, as in the engine); and `uses`, with threads
+//! that read a place which is unlinked and used again.
 #![allow(clippy::disallowed_methods, reason = "threads are what is tested")]
 
 use bytes::Bytes;
-use readonce_disk::inflight::{Delivery, Fetch, InFlight, Read, Store, Stored, Write};
+use readonce_disk::inflight::{
+    Budget, Budgets, Delivery, Fetch, InFlight, Leave, Read, Store, Stored, Write,
+};
 use shuttle::{
     sync::{Arc, Mutex},
     thread,
 };
+
+/// The module under test, its atomics drawn by shuttle.
+#[path = "../src/uses.rs"]
+#[allow(dead_code, reason = "a test takes what it needs")]
+mod uses;
+mod atomics {
+    pub use shuttle::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+}
 
 const UNIT: usize = 8;
 const SCHEDULES: usize = 3_000;
@@ -22,7 +33,7 @@ struct Image {
 impl Image {
     fn new() -> Arc<Self> {
         let image = Self::default();
-        *image.table.lock().unwrap() = Some(InFlight::new(UNIT as u64));
+        *image.table.lock().unwrap() = Some(InFlight::new(UNIT as u64, Budgets::default()));
         Arc::new(image)
     }
 
@@ -71,8 +82,9 @@ impl Image {
                 let absent = || self.data.lock().unwrap().is_none();
                 match table.write(0, from as u64, bytes) {
                     Write::NeedsRoom => {
-                        assert!(table.attach(0, ()).is_ok());
-                        table.write(0, from as u64, bytes)
+                        let leave = leave(table, Budget::Guest);
+                        table.begin_prepare(0, leave);
+                        Write::NeedsRoom
                     }
                     // Looked at again under the table's lock.
                     Write::Free if absent() && bytes.len() == UNIT => {
@@ -80,7 +92,9 @@ impl Image {
                         Write::TakenOver
                     }
                     Write::Free if absent() => {
-                        let (begun, store) = table.begin_guest(0, (), from as u64, bytes, UNIT as u64);
+                        table.begin_write(0);
+                        let room = ((), leave(table, Budget::Guest));
+                        let (begun, store) = table.begin_guest(0, room, from as u64, bytes, UNIT as u64);
                         fetch = begun;
                         Write::Absorbed(store)
                     }
@@ -105,7 +119,14 @@ impl Image {
                     return;
                 }
                 Write::Wait(_) | Write::Free => thread::yield_now(),
-                Write::NeedsRoom => panic!("room was attached"),
+                Write::NeedsRoom => {
+                    thread::yield_now();
+                    let store = self.table(|table| table.attach(0, (), from as u64, bytes));
+                    if let Some(store) = store {
+                        self.store(store, Mode::Overwrite);
+                    }
+                    return;
+                }
             }
         }
     }
@@ -119,7 +140,8 @@ impl Image {
             let mut begun = None;
             let read = self.table(|table| match table.read(0, 0..UNIT as u64) {
                 Read::Free if self.data.lock().unwrap().is_none() => {
-                    begun = Some(table.begin_fetch(0..1, UNIT as u64));
+                    let leave = leave(table, Budget::Fetch);
+                    begun = Some(table.begin_fetch(0, leave, UNIT as u64));
                     table.read(0, 0..UNIT as u64)
                 }
                 other => other,
@@ -148,6 +170,10 @@ impl Image {
             }
         }
     }
+}
+
+fn leave(table: &mut InFlight<()>, budget: Budget) -> Leave {
+    table.admit(budget).expect("one unit has room")
 }
 
 #[derive(Clone, Copy)]
@@ -214,4 +240,94 @@ fn two_writes_to_parts_of_one_cluster_and_a_fill() {
 #[test]
 fn writes_that_cover_a_cluster_together_need_no_backing() {
     race(&[(0, b"abcd"), (4, b"wxyz")]);
+}
+
+/// A place in the file that a map names until it is unlinked; used again, it holds another's bytes.
+#[derive(Default)]
+struct Place {
+    uses: uses::Uses,
+    linked: Mutex<bool>,
+    used_again: Mutex<bool>,
+}
+
+impl Place {
+    fn linked() -> Arc<Self> {
+        Arc::new(Self { linked: Mutex::new(true), ..Self::default() })
+    }
+
+    /// Looks up, then reads.
+    fn read(&self) {
+        let inside = self.uses.enter();
+        if *self.linked.lock().unwrap() {
+            thread::yield_now();
+            assert!(!*self.used_again.lock().unwrap(), "another's bytes are read");
+        }
+        drop(inside);
+    }
+
+    fn unlink_and_use_again(&self) {
+        *self.linked.lock().unwrap() = false;
+        shuttle::future::block_on(self.uses.quiesce());
+        *self.used_again.lock().unwrap() = true;
+    }
+}
+
+#[test]
+fn what_was_unlinked_is_used_again_only_when_its_readers_have_left() {
+    shuttle::check_random(
+        || {
+            let place = Place::linked();
+            let readers: Vec<_> = (0..3)
+                .map(|_| {
+                    let place = Arc::clone(&place);
+                    thread::spawn(move || (0..2).for_each(|_| place.read()))
+                })
+                .collect();
+            place.unlink_and_use_again();
+            readers.into_iter().for_each(|reader| reader.join().unwrap());
+        },
+        SCHEDULES,
+    );
+}
+
+#[test]
+fn several_waits_for_readers_end_and_one_given_up_misleads_none() {
+    shuttle::check_random(
+        || {
+            let places = [Place::linked(), Place::linked()];
+            // Both places belong to one image.
+            let image = Arc::clone(&places[0]);
+            let readers: Vec<_> = (0..2)
+                .map(|at| {
+                    let (image, place) = (Arc::clone(&image), Arc::clone(&places[at]));
+                    thread::spawn(move || {
+                        let inside = image.uses.enter();
+                        if *place.linked.lock().unwrap() {
+                            thread::yield_now();
+                            assert!(!*place.used_again.lock().unwrap(), "another's bytes are read");
+                        }
+                        drop(inside);
+                    })
+                })
+                .collect();
+            let waiters: Vec<_> = places
+                .iter()
+                .map(|place| {
+                    let (image, place) = (Arc::clone(&image), Arc::clone(place));
+                    thread::spawn(move || {
+                        *place.linked.lock().unwrap() = false;
+                        {
+                            let mut given_up = Box::pin(image.uses.quiesce());
+                            let waker = std::task::Waker::noop();
+                            let _ = given_up.as_mut().poll(&mut std::task::Context::from_waker(waker));
+                        }
+                        shuttle::future::block_on(image.uses.quiesce());
+                        *place.used_again.lock().unwrap() = true;
+                    })
+                })
+                .collect();
+            readers.into_iter().chain(waiters).for_each(|thread| thread.join().unwrap());
+        },
+        SCHEDULES,
+    );
 }

@@ -145,7 +145,7 @@ impl Step {
         let backing = self.next(shared, &description)?;
         shared.opened(name.clone(), driver.name(), true);
         shared.locks.lock().push(lock);
-        let options = ImageOptions { copy_on_read: true };
+        let options = ImageOptions { copy_on_read: true, ..ImageOptions::default() };
         let image = Image::new(mapper, storage, backing, Arc::clone(&shared.rt), options);
         image.start_reclaim();
         shared.images.lock().push(Arc::clone(&image));

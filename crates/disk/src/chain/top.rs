@@ -160,8 +160,13 @@ impl Opening {
             .await
             .map_err(|error| self.failed(error))?;
         self.shared.opened(self.locator.printable(), driver.name(), true);
-        let image =
-            Image::new(mapper, storage, backing, Arc::clone(&self.shared.rt), ImageOptions { copy_on_read });
+        let image = Image::new(
+            mapper,
+            storage,
+            backing,
+            Arc::clone(&self.shared.rt),
+            ImageOptions { copy_on_read, ..ImageOptions::default() },
+        );
         image.start_reclaim();
         self.shared.images.lock().insert(0, Arc::clone(&image));
         Ok(Top::Image(image))

@@ -46,7 +46,13 @@ pub async fn open(
     copy_on_read: bool,
 ) -> Arc<Image> {
     let mapper = qed().open_writable(Arc::clone(&file), None, exec.rt()).await.expect("the image opens");
-    let image = Image::new(mapper, file, Some(backing), exec.rt(), ImageOptions { copy_on_read });
+    let image = Image::new(
+        mapper,
+        file,
+        Some(backing),
+        exec.rt(),
+        ImageOptions { copy_on_read, ..ImageOptions::default() },
+    );
     image.start_reclaim();
     image
 }
