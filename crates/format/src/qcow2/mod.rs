@@ -3,7 +3,8 @@
 //! - `header`, `extensions`, `record`, `layout`: what lies where in the file, and which values are valid.
 //! - `entry`, `slice`, `l1`, `tables`: the tables in memory; `reader`: an image open for reading.
 //! - `refcount`, `snapshots`: refcounts and snapshots as the file stores them; `scan`, `check`: what refers to clusters, and
-//!   whether the refcounts say the same.
+//!   whether the refcounts say the same; `repair` with `mend`, `recount` and `flags`: making it right; `snapshot`: internal
+//!   snapshots made, applied and deleted.
 //! - `describe`: what an image says of itself. `head`, `create`: a new image.
 #![allow(dead_code, reason = "the parts arrive one after the other; goes when all are there")]
 
@@ -12,14 +13,18 @@ mod create;
 mod describe;
 mod entry;
 mod extensions;
+mod flags;
 mod head;
 mod header;
 mod known;
 mod l1;
 mod layout;
+mod mend;
 mod reader;
 mod record;
+mod recount;
 mod refcount;
+mod repair;
 mod scan;
 mod slice;
 mod snapshots;
@@ -87,10 +92,10 @@ impl Driver for Qcow2 {
 
     fn repair<'a>(
         &self,
-        _: &'a Arc<dyn Storage>,
-        _: Repair,
+        file: &'a Arc<dyn Storage>,
+        repair: Repair,
     ) -> BoxFuture<'a, Result<CheckReport, FormatError>> {
-        Box::pin(async { Err(FormatError::Unsupported("qcow2 images are not repaired yet".into())) })
+        Box::pin(repair::repair(file, repair))
     }
 
     fn change<'a>(

@@ -201,6 +201,8 @@ pub(super) struct Finding {
     pub(super) raw: u64,
     /// The second word of an extended L2 entry, as it should be.
     pub(super) bitmap: u64,
+    /// The same, where an unaligned offset can be rounded.
+    pub(super) rounded_bitmap: u64,
     /// Why.
     pub(super) wrong: Wrong,
 }
@@ -222,8 +224,10 @@ pub(super) trait Observer: Send {
     fn wrong_l1(&mut self, _finding: Finding) {}
     /// An L2 entry that is wrong.
     fn wrong_l2(&mut self, _finding: Finding) {}
-    /// An L2 entry that names room or compressed bytes inside the file.
-    fn l2(&mut self, _entry: Entry, _cluster: Cluster, _scanned: &Scanned) {}
+    /// A good L1 entry whose table is named more often than the largest refcount says.
+    fn over_l1(&mut self, _at: u64, _raw: u64) {}
+    /// A good L2 entry that names room or compressed bytes inside the file. `over`: more often than the largest refcount says.
+    fn l2(&mut self, _entry: Entry, _cluster: Cluster, _over: bool, _scanned: &Scanned) {}
 }
 
 /// Looks at nothing.
@@ -233,14 +237,10 @@ impl Observer for Nobody {}
 
 /// What a scan saw.
 pub(super) struct Scanned {
-    /// References, those of the refcount table and of its blocks included.
+    /// References; from [`scan`], those of the refcount table and of its blocks included.
     pub(super) counts: Counts,
-    /// Refcount blocks that are good, by their index in the table: byte offsets.
-    pub(super) blocks: BTreeMap<u64, u64>,
     /// The refcount table as it lies in the file.
     pub(super) table: Vec<u64>,
-    /// Whether the refcount table lies inside the file, and nothing else there.
-    pub(super) good_table: bool,
     /// L2 tables, by byte offset.
     pub(super) tables: BTreeMap<u64, Named>,
     /// Snapshots, as the file has them.
@@ -271,6 +271,8 @@ pub(super) struct Scanned {
     block_offsets: BTreeSet<u64>,
     file_len: u64,
     cluster_bits: u32,
+    /// What did not fit below the largest refcount, of the references counted last.
+    over: u64,
     /// Bytes of tables that were read.
     walked: u64,
     /// Bytes of unaligned tables that may still be read. They can overlap, so their number alone bounds no work.
@@ -281,6 +283,7 @@ impl Scanned {
     /// Counts references to all clusters that `size` bytes at `offset` touch. `false`: they end a cluster or more past the file's
     /// end, which counts as a corruption for each time.
     fn refer(&mut self, offset: u64, size: u64, times: u64) -> Result<bool, FormatError> {
+        self.over = 0;
         if size == 0 {
             return Ok(true);
         }
@@ -291,6 +294,7 @@ impl Scanned {
         };
         for cluster in offset >> self.cluster_bits..=(end - 1) >> self.cluster_bits {
             let over = self.counts.add(cluster, times)?;
+            self.over = self.over.max(over);
             self.wrong(over);
         }
         Ok(true)
@@ -319,6 +323,12 @@ impl Scanned {
     /// Whether something other than guest data lies in the cluster at this byte offset.
     pub(super) fn is_metadata(&self, offset: u64) -> bool {
         self.tables.contains_key(&offset) || self.block_offsets.contains(&offset) || self.is_table(offset)
+    }
+
+    /// Whether something other than guest data lies in a cluster that these bytes touch.
+    pub(super) fn meets_metadata(&self, offset: u64, len: u64) -> bool {
+        let last = offset.saturating_add(len.saturating_sub(1)) >> self.cluster_bits;
+        (offset >> self.cluster_bits..=last).any(|cluster| self.is_metadata(cluster << self.cluster_bits))
     }
 
     /// Whether a table that is neither an L2 table nor a refcount block lies in the cluster at this byte offset.
@@ -391,9 +401,23 @@ pub(super) fn words(at: u64, data: &[u8]) -> impl Iterator<Item = (u64, u64)> {
 /// Reads everything that refers to clusters.
 ///
 /// # Errors
+/// As [`references`].
+pub(super) async fn scan(
+    file: &dyn ReadAt,
+    header: &Header,
+    observer: &mut dyn Observer,
+) -> Result<Scanned, FormatError> {
+    let mut scanned = references(file, header, observer).await?;
+    refcount_blocks(header, &mut scanned)?;
+    Ok(scanned)
+}
+
+/// Reads everything that refers to clusters but the refcount table and its blocks, which are not counted.
+///
+/// # Errors
 /// `Corrupt` where the snapshot table cannot be read; `Unsupported` where the image is too large to be scanned; `Io` where
 /// the snapshot table, the refcount table or the bitmaps cannot be read. L1 and L2 tables that cannot be read are counted.
-pub(super) async fn scan(
+pub(super) async fn references(
     file: &dyn ReadAt,
     header: &Header,
     observer: &mut dyn Observer,
@@ -410,9 +434,7 @@ pub(super) async fn scan(
     }
     let mut scanned = Scanned {
         counts: Counts::new(refcounts(layout).max()),
-        blocks: BTreeMap::new(),
         table: Vec::new(),
-        good_table: false,
         tables: BTreeMap::new(),
         snapshots: snapshots::Table::default(),
         bad_snapshots: BTreeSet::new(),
@@ -429,6 +451,7 @@ pub(super) async fn scan(
         block_offsets: BTreeSet::new(),
         file_len,
         cluster_bits: layout.cluster_bits,
+        over: 0,
         walked: 0,
         unaligned_left: file_len,
     };
@@ -439,7 +462,6 @@ pub(super) async fn scan(
     refcount_table(file, header, &mut scanned).await?;
     walk_l1(file, layout, &l1s, &mut scanned, observer).await?;
     walk_l2(file, layout, &mut scanned, observer).await?;
-    refcount_blocks(header, &mut scanned)?;
     Ok(scanned)
 }
 
@@ -549,6 +571,7 @@ fn l1_entry(
         finding = Some((kept, Wrong::Bits));
     }
     let inside = scanned.refer(offset, cluster_size, named.total)?;
+    let over = scanned.over > 0;
     if !offset.is_multiple_of(cluster_size) {
         scanned.wrong(named.total);
         scanned.lost = true;
@@ -558,8 +581,10 @@ fn l1_entry(
         scanned.lost = true;
         finding = Some((0, Wrong::Nowhere));
     }
-    if let Some((raw, wrong)) = finding {
-        observer.wrong_l1(Finding { at, raw, bitmap: 0, wrong });
+    match finding {
+        Some((raw, wrong)) => observer.wrong_l1(Finding { at, raw, bitmap: 0, rounded_bitmap: 0, wrong }),
+        None if over => observer.over_l1(at, raw),
+        None => {}
     }
     if inside {
         let table = scanned.tables.entry(offset).or_default();
@@ -636,6 +661,7 @@ fn l2_entry(
     let mut mended = entry;
     let zero = if layout.extended_l2 { 0 } else { raw & ZERO };
     let emptied = Entry { at, raw: zero, bitmap: bitmap & !BITMAP_ALLOCATED };
+    let mut rounded_bitmap = 0;
     let mut wrong = None;
     if !matches!(cluster, Cluster::Compressed { .. }) && raw & L2_RESERVED != 0 {
         scanned.wrong(named.total);
@@ -698,6 +724,7 @@ fn l2_entry(
                 scanned.wrong(named.total);
                 scanned.lost = true;
                 wrong = Some(Wrong::Unaligned { rounded: mended.raw & !(OFFSET_MASK & (cluster_size - 1)) });
+                rounded_bitmap = mended.bitmap;
                 mended = emptied;
             }
             if !layout.external_data && !scanned.refer(offset, cluster_size, named.total)? {
@@ -708,8 +735,12 @@ fn l2_entry(
         }
     }
     match wrong {
-        Some(wrong) => observer.wrong_l2(Finding { at, raw: mended.raw, bitmap: mended.bitmap, wrong }),
-        None if cluster != Cluster::None && !layout.external_data => observer.l2(entry, cluster, scanned),
+        Some(wrong) => {
+            observer.wrong_l2(Finding { at, raw: mended.raw, bitmap: mended.bitmap, rounded_bitmap, wrong })
+        }
+        None if cluster != Cluster::None && !layout.external_data => {
+            observer.l2(entry, cluster, scanned.over > 0, scanned)
+        }
         None => {}
     }
     Ok(())
@@ -740,40 +771,23 @@ async fn refcount_table(
     Ok(())
 }
 
-/// Counts the refcount table and its blocks, and tells which blocks are good: named by one entry, and used for nothing else.
+/// Counts the refcount table and its blocks. Each block is to be named by one entry, and used for nothing else.
 fn refcount_blocks(header: &Header, scanned: &mut Scanned) -> Result<(), FormatError> {
     let cluster_size = header.layout.cluster_size();
-    let table_offset = header.fields.refcount_table_offset;
     let table_bytes = bytes(scanned.table.len()) * TABLE_ENTRY_BYTES;
-    let inside = scanned.refer(table_offset, table_bytes, 1)?;
-    let table_clusters = table_offset / cluster_size..(table_offset + table_bytes) / cluster_size;
-    scanned.good_table = inside
-        && table_bytes > 0
-        && table_offset > 0
-        && table_clusters.clone().all(|cluster| scanned.counts.count(cluster) == 1);
+    scanned.refer(header.fields.refcount_table_offset, table_bytes, 1)?;
     let clusters = scanned.end();
     let table = std::mem::take(&mut scanned.table);
-    for (number, &raw) in (0..).zip(&table) {
+    for &raw in &table {
         let offset = raw & TABLE_OFFSET_MASK;
-        if raw & !TABLE_OFFSET_MASK != 0
-            || !offset.is_multiple_of(cluster_size)
-            || offset / cluster_size >= clusters
-        {
+        let good = raw == offset && offset.is_multiple_of(cluster_size) && offset / cluster_size < clusters;
+        if !good {
             scanned.wrong(1);
         } else if offset != 0 {
             scanned.refer(offset, cluster_size, 1)?;
-            if scanned.counts.count(offset / cluster_size) == 1 {
-                scanned.blocks.insert(number, offset);
-            } else {
-                scanned.wrong(1);
-            }
+            scanned.wrong(u64::from(scanned.counts.count(offset / cluster_size) != 1));
         }
     }
-    // One that a later entry names as well is not good either.
-    let counts = &scanned.counts;
-    scanned.blocks.retain(|_, offset| counts.count(*offset / cluster_size) == 1);
-    // A table that lies on a block was counted first.
-    scanned.good_table &= table_clusters.into_iter().all(|cluster| counts.count(cluster) == 1);
     scanned.table = table;
     Ok(())
 }

@@ -1,0 +1,79 @@
+//! COPIED flags of the active tables: set exactly where the refcount is 1.
+//!
+//! - Tables are rewritten by sectors; a sector holds its entries with the old flags or the new ones.
+//!
+//! Not here: refcounts (`recount`), and whether flags are wrong (`check`).
+
+use std::sync::Arc;
+
+use readonce_storage::Storage;
+
+use super::{
+    entry::{COPIED, OFFSET_MASK},
+    header::Header,
+    layout::L1_ENTRY_BYTES,
+    recount::write_changes,
+    scan::{Chunks, Cluster, Counts, Named, entries, words},
+};
+use crate::{FormatError, number::index};
+
+/// Which flags may change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Change {
+    /// Those that must go.
+    Clear,
+    /// All of them.
+    Any,
+}
+
+/// Makes the flags of the active L1 table and of the L2 tables that it names say what `counts` does. The flags are not synced.
+pub(super) async fn set_flags(
+    file: &Arc<dyn Storage>,
+    header: &Header,
+    tables: impl Iterator<Item = (u64, Named)>,
+    counts: &Counts,
+    change: Change,
+) -> Result<(), FormatError> {
+    let layout = &header.layout;
+    let cluster_size = layout.cluster_size();
+    // The word as it should be, given whether the refcount is 1.
+    let flagged = |raw: u64, own: bool| match (own, change) {
+        (false, _) => raw & !COPIED,
+        (true, Change::Any) => raw | COPIED,
+        (true, Change::Clear) => raw,
+    };
+    let l1_bytes = u64::from(header.fields.l1_size) * L1_ENTRY_BYTES;
+    let mut chunks = Chunks::new(file.as_ref(), header.fields.l1_table_offset, l1_bytes);
+    while let Some((at, chunk)) = chunks.next().await {
+        let chunk = chunk?;
+        let mut new = chunk.to_vec();
+        for (entry, raw) in words(at, &chunk).filter(|(_, raw)| raw & OFFSET_MASK != 0) {
+            let own = counts.count((raw & OFFSET_MASK) / cluster_size) == 1;
+            put(&mut new, entry - at, flagged(raw, own));
+        }
+        write_changes(file, at, &chunk, &new).await?;
+    }
+    for (table, _) in tables.filter(|(table, named)| *table > 0 && named.active > 0) {
+        let mut chunks = Chunks::new(file.as_ref(), table, cluster_size);
+        while let Some((at, chunk)) = chunks.next().await {
+            let chunk = chunk?;
+            let mut new = chunk.to_vec();
+            for entry in entries(layout, at, &chunk) {
+                let Cluster::Room { at: offset, .. } = Cluster::of(layout, entry.raw, entry.bitmap) else {
+                    continue;
+                };
+                let own = layout.external_data || counts.count(offset / cluster_size) == 1;
+                put(&mut new, entry.at - at, flagged(entry.raw, own));
+            }
+            write_changes(file, at, &chunk, &new).await?;
+        }
+    }
+    Ok(())
+}
+
+fn put(chunk: &mut [u8], at: u64, raw: u64) {
+    let at = index(at);
+    if let Some(word) = chunk.get_mut(at..at + 8) {
+        word.copy_from_slice(&raw.to_be_bytes());
+    }
+}

@@ -1,0 +1,236 @@
+//! Mend: entries of L1 and L2 tables, the snapshot table and the bitmaps become what they may be.
+//!
+//! - Bits that may not be set are cleared. An offset that is not aligned loses its lowest bits, where nothing else uses the
+//!   cluster that it then names; else the entry names nothing, as one does that points past the end of the file: the backing
+//!   shows through there (zeros stay zeros).
+//! - Data that lies on a table, and data that is referred to more often than the widest refcount can say, is copied to the
+//!   end of the file. Copies may at most double the file; what is left beyond that stays.
+//! - Snapshots whose L1 table cannot be there are dropped. Bitmaps that are broken are marked stale.
+//! - L1 entries are mended before L2 entries are looked at: what a wrong L1 entry names is no table, and is not written.
+//! - Every change is one sector, after a sync of what it names: power loss leaves some entries mended.
+//! - Memory: that of the scan, and [`BATCH_MAX`] findings at a time.
+//!
+//! Not here: refcounts and COPIED flags, which are wrong afterwards (`repair`).
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use readonce_storage::Storage;
+
+use super::{
+    entry::{COMPRESSED, COPIED, OFFSET_MASK},
+    header::{AUTOCLEAR_BITMAPS, Header},
+    layout::{Layout, SECTOR_BYTES},
+    recount::end_of_file,
+    scan::{Cluster, Entry, Finding, Nobody, Observer, Scanned, Wrong, references},
+    snapshots::Table,
+};
+use crate::{FormatError, number::index};
+
+/// Findings that are kept in memory at once; more take another scan.
+const BATCH_MAX: usize = 1 << 16;
+/// Scans of one repair. More than this many batches are left to the next one.
+const ROUNDS_MAX: usize = 100;
+/// Bytes that are copied between two syncs, but for one cluster that is larger.
+const COPY_BYTES_MAX: u64 = 64 << 20;
+
+/// Mends everything but refcounts and COPIED flags, which are wrong afterwards. Returns what a last scan saw.
+///
+/// # Errors
+/// `Corrupt` where the snapshot table cannot be read.
+pub(super) async fn mend(file: &Arc<dyn Storage>, header: &mut Header) -> Result<Scanned, FormatError> {
+    let mut copies_left = end_of_file(file, header.layout.cluster_size());
+    for _ in 0..ROUNDS_MAX {
+        let mut found = Found::default();
+        let scanned = references(file.as_ref(), header, &mut found).await?;
+        if scanned.check_errors > 0 || !round(file, header, &scanned, &found, &mut copies_left).await? {
+            return Ok(scanned);
+        }
+        file.sync().await?;
+    }
+    references(file.as_ref(), header, &mut Nobody).await
+}
+
+/// Mends what one scan found, the first kind of it; says whether anything changed.
+async fn round(
+    file: &Arc<dyn Storage>,
+    header: &mut Header,
+    scanned: &Scanned,
+    found: &Found,
+    copies_left: &mut u64,
+) -> Result<bool, FormatError> {
+    let layout = header.layout;
+    let entries_change = !found.l1.is_empty() || !found.l2.is_empty();
+    if scanned.bad_bitmaps || entries_change && header.fields.autoclear_features & AUTOCLEAR_BITMAPS != 0 {
+        let switch = header.change_fields(|fields| fields.autoclear_features &= !AUTOCLEAR_BITMAPS);
+        file.write(switch.at, switch.data).await?;
+        return Ok(true);
+    }
+    if !scanned.bad_snapshots.is_empty() || scanned.short_snapshots {
+        let mut table = scanned.snapshots.clone();
+        let mut good = (0..).map(|number| !scanned.bad_snapshots.contains(&number));
+        table.entries.retain(|_| good.next().unwrap_or_default());
+        write_snapshots(file, header, &table).await?;
+        return Ok(true);
+    }
+    // Unaligned, it was counted once for each of the two clusters that it touches.
+    let alone = |raw: u64| {
+        let cluster = (raw & OFFSET_MASK) / layout.cluster_size();
+        cluster > 0 && cluster < scanned.clusters && scanned.counts.count(cluster) == 1
+    };
+    if !found.l1.is_empty() {
+        for finding in &found.l1 {
+            let raw = match finding.wrong {
+                Wrong::Unaligned { rounded } if alone(rounded) => rounded,
+                _ => finding.raw,
+            };
+            file.write(finding.at, words(&layout, raw, None)).await?;
+        }
+        return Ok(true);
+    }
+    // Before L2 entries change: a table may lie on data.
+    if copy(file, &layout, &found.copies, copies_left).await? {
+        return Ok(true);
+    }
+    for finding in &found.l2 {
+        let (raw, bitmap) = match finding.wrong {
+            Wrong::Unaligned { rounded } if layout.external_data || alone(rounded) => {
+                (rounded, finding.rounded_bitmap)
+            }
+            _ => (finding.raw, finding.bitmap),
+        };
+        file.write(finding.at, words(&layout, raw, Some(bitmap))).await?;
+    }
+    Ok(!found.l2.is_empty())
+}
+
+/// What a scan found to mend.
+#[derive(Default)]
+struct Found {
+    l1: Vec<Finding>,
+    l2: Vec<Finding>,
+    copies: Vec<Copy>,
+}
+
+/// Something that is to lie elsewhere.
+#[derive(Debug, Clone, Copy)]
+struct Copy {
+    entry: Entry,
+    /// Byte offset, and bytes.
+    from: u64,
+    len: u64,
+    /// Else it is an L1 entry.
+    is_l2: bool,
+}
+
+impl Observer for Found {
+    fn wrong_l1(&mut self, finding: Finding) {
+        push(&mut self.l1, finding);
+    }
+
+    fn wrong_l2(&mut self, finding: Finding) {
+        push(&mut self.l2, finding);
+    }
+
+    fn over_l1(&mut self, at: u64, raw: u64) {
+        let entry = Entry { at, raw, bitmap: 0 };
+        push(&mut self.copies, Copy { entry, from: raw & OFFSET_MASK, len: 0, is_l2: false });
+    }
+
+    fn l2(&mut self, entry: Entry, cluster: Cluster, over: bool, scanned: &Scanned) {
+        let (from, len) = match cluster {
+            Cluster::Room { at, .. } if over || scanned.is_metadata(at) => (at, 0),
+            Cluster::Compressed { at, len } if over || scanned.meets_metadata(at, len) => (at, len),
+            _ => return,
+        };
+        push(&mut self.copies, Copy { entry, from, len, is_l2: true });
+    }
+}
+
+fn push<T>(list: &mut Vec<T>, item: T) {
+    if list.len() < BATCH_MAX {
+        list.push(item);
+    }
+}
+
+/// An entry as it lies in the file. `bitmap`: of an L2 entry, which has one where entries are extended.
+fn words(layout: &Layout, raw: u64, bitmap: Option<u64>) -> Bytes {
+    let mut words = raw.to_be_bytes().to_vec();
+    if layout.extended_l2 {
+        words.extend(bitmap.map(u64::to_be_bytes).into_iter().flatten());
+    }
+    words.into()
+}
+
+/// Copies to the end of the file what is referred to too often, and changes the entries; says whether anything changed.
+async fn copy(
+    file: &Arc<dyn Storage>,
+    layout: &Layout,
+    copies: &[Copy],
+    copies_left: &mut u64,
+) -> Result<bool, FormatError> {
+    let cluster_size = layout.cluster_size();
+    let mut changed = false;
+    let mut rest = copies.iter().peekable();
+    while rest.peek().is_some() {
+        let mut moved: Vec<(Copy, u64)> = Vec::new();
+        let mut bytes = 0;
+        let mut to = end_of_file(file, cluster_size);
+        while bytes < COPY_BYTES_MAX
+            && let Some(copy) = rest.next()
+        {
+            let len = if copy.len == 0 { cluster_size } else { copy.len };
+            let room = len.next_multiple_of(cluster_size);
+            let Some(left) = copies_left.checked_sub(room) else { continue };
+            *copies_left = left;
+            let there = file.len().saturating_sub(copy.from).min(len);
+            let data = file.read(copy.from, index(there)).await?;
+            file.write(to, data).await?;
+            moved.push((*copy, to));
+            to += room;
+            bytes += room;
+        }
+        if moved.is_empty() {
+            continue;
+        }
+        // The last cluster is whole, so that what is placed behind the file lies behind it.
+        if file.len() < to {
+            file.set_len(to).await?;
+        }
+        file.sync().await?;
+        for (copy, to) in &moved {
+            let raw = if copy.entry.raw & COMPRESSED != 0 {
+                let offset_bits = 62 - (layout.cluster_bits - 8);
+                let sectors = copy.len.div_ceil(SECTOR_BYTES);
+                COMPRESSED | (sectors - 1) << offset_bits | to
+            } else {
+                copy.entry.raw & !OFFSET_MASK | COPIED | to
+            };
+            let bitmap = copy.is_l2.then_some(copy.entry.bitmap);
+            file.write(copy.entry.at, words(layout, raw, bitmap)).await?;
+        }
+        file.sync().await?;
+        changed = true;
+    }
+    Ok(changed)
+}
+
+/// Writes a snapshot table at the end of the file, and shows it. Refcounts know nothing of it yet.
+async fn write_snapshots(
+    file: &Arc<dyn Storage>,
+    header: &mut Header,
+    table: &Table,
+) -> Result<(), FormatError> {
+    let data = table.serialise(header.layout.image_size)?;
+    let at = if data.is_empty() { 0 } else { end_of_file(file, header.layout.cluster_size()) };
+    file.write(at, data.into()).await?;
+    file.sync().await?;
+    let count = u32::try_from(table.entries.len()).expect("at most 65536");
+    let switch = header.change_fields(|fields| {
+        fields.nb_snapshots = count;
+        fields.snapshots_offset = at;
+    });
+    file.write(switch.at, switch.data).await?;
+    file.sync().await?;
+    Ok(())
+}
