@@ -425,6 +425,11 @@ impl Header {
             .expect("the extensions lie behind the header")
     }
 
+    /// The bytes of the file from its start to the end of the extensions and of the name, in whole sectors.
+    pub(super) fn head(&self) -> &[u8] {
+        &self.head
+    }
+
     fn sector(&self, at: u64) -> SectorWrite {
         let data = self.head.get(index(at)..index(at + SECTOR_BYTES)).expect("the head has whole sectors");
         SectorWrite { at, data: Bytes::copy_from_slice(data) }

@@ -5,15 +5,17 @@
 //! - `refcount`, `snapshots`: refcounts and snapshots as the file stores them; `scan`, `check`: what refers to clusters, and
 //!   whether the refcounts say the same; `repair` with `mend`, `recount` and `flags`: making it right; `snapshot`: internal
 //!   snapshots made, applied and deleted.
-//! - `describe`: what an image says of itself. `head`, `create`: a new image.
+//! - `describe`: what an image says of itself. `head`, `create`: a new image; `change`, `grow`: a changed header.
 #![allow(dead_code, reason = "the parts arrive one after the other; goes when all are there")]
 
+mod change;
 mod check;
 mod create;
 mod describe;
 mod entry;
 mod extensions;
 mod flags;
+mod grow;
 mod head;
 mod header;
 mod known;
@@ -100,9 +102,9 @@ impl Driver for Qcow2 {
 
     fn change<'a>(
         &self,
-        _: &'a Arc<dyn Storage>,
-        _: &'a HeaderChange,
+        file: &'a Arc<dyn Storage>,
+        change: &'a HeaderChange,
     ) -> BoxFuture<'a, Result<(), FormatError>> {
-        Box::pin(async { Err(FormatError::Unsupported("qcow2 headers are not changed yet".into())) })
+        Box::pin(change::change(file, change))
     }
 }

@@ -1,0 +1,6 @@
+//! Tests of the qcow2 driver from outside: with QEMU's tools as oracle, with power loss, with broken images.
+#![allow(clippy::disallowed_methods, reason = "tests run on the real runtime")]
+
+mod change;
+mod create;
+mod support;
