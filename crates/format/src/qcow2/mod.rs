@@ -29,6 +29,7 @@ mod refcount;
 mod repair;
 mod scan;
 mod slice;
+mod snapshot;
 mod snapshots;
 mod tables;
 
@@ -39,7 +40,7 @@ use readonce_storage::{BoxFuture, ReadAt, Rt, Storage};
 use self::reader::Reader;
 use crate::{
     Driver, FormatError, Mapper, WritableMapper,
-    driver::{CheckReport, CreateSpec, Description, HeaderChange, OptionSpec, Repair},
+    driver::{CheckReport, CreateSpec, Description, HeaderChange, OptionSpec, Repair, SnapshotChange},
 };
 
 /// The qcow2 format.
@@ -106,5 +107,13 @@ impl Driver for Qcow2 {
         change: &'a HeaderChange,
     ) -> BoxFuture<'a, Result<(), FormatError>> {
         Box::pin(change::change(file, change))
+    }
+
+    fn snapshot<'a>(
+        &self,
+        file: &'a Arc<dyn Storage>,
+        change: &'a SnapshotChange,
+    ) -> BoxFuture<'a, Result<(), FormatError>> {
+        Box::pin(snapshot::change(file, change))
     }
 }

@@ -119,7 +119,7 @@ async fn free_leaks(file: &Arc<dyn Storage>, header: &mut Header) -> Result<(), 
 }
 
 /// Takes off the autoclear bits that nobody here keeps true. Bitmaps stay true: no guest byte changes (`mend` sees to those that do).
-async fn clear_autoclear(file: &Arc<dyn Storage>, header: &mut Header) -> Result<(), FormatError> {
+pub(super) async fn clear_autoclear(file: &Arc<dyn Storage>, header: &mut Header) -> Result<(), FormatError> {
     let kept = AUTOCLEAR_DATA_FILE_RAW | AUTOCLEAR_ONLY_READONCE | AUTOCLEAR_BITMAPS;
     if header.fields.autoclear_features & !kept != 0 {
         let switch = header.change_fields(|fields| fields.autoclear_features &= kept);

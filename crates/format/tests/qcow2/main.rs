@@ -2,5 +2,9 @@
 #![allow(clippy::disallowed_methods, reason = "tests run on the real runtime")]
 
 mod change;
+mod check;
 mod create;
+mod damage;
+mod repair;
+mod snapshot;
 mod support;

@@ -21,6 +21,14 @@ async fn repair(file: &Arc<SimFile>, what: Repair) -> CheckReport {
     qcow2().repair(&storage, what).await.unwrap()
 }
 
+pub async fn repair_all(file: &Arc<SimFile>) -> CheckReport {
+    repair(file, Repair::All).await
+}
+
+pub async fn repair_leaks(file: &Arc<SimFile>) -> CheckReport {
+    repair(file, Repair::Leaks).await
+}
+
 async fn check(file: &Arc<SimFile>) -> CheckReport {
     let reader: Arc<dyn ReadAt> = file.clone();
     qcow2().check(&reader).await.unwrap()
@@ -319,10 +327,10 @@ fn crashes(damaged: &Bytes, context: &str, seeds: u64) {
 
 /// What every mapped cluster of the active state and of the snapshots reads as, by our own walk of the tables.
 #[derive(PartialEq)]
-struct Guest(Vec<Vec<(u64, Vec<u8>)>>);
+pub struct Guest(Vec<Vec<(u64, Vec<u8>)>>);
 
 impl Guest {
-    fn of(contents: &[u8]) -> Self {
+    pub fn of(contents: &[u8]) -> Self {
         let bytes = Bytes(contents.to_vec());
         let mut tables = vec![(bytes.l1(), bytes.u32(36))];
         let mut at = bytes.snapshots();
@@ -332,6 +340,10 @@ impl Guest {
             at += (40 + bytes.u32(at + 36) + names).next_multiple_of(8);
         }
         Self(tables.into_iter().map(|(at, len)| Self::state(&bytes, at, len)).collect())
+    }
+
+    pub fn active(&self) -> &[(u64, Vec<u8>)] {
+        &self.0[0]
     }
 
     fn state(bytes: &Bytes, l1: u64, len: u64) -> Vec<(u64, Vec<u8>)> {
