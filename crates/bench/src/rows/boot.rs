@@ -3,7 +3,11 @@
 //! - A closed loop: a request starts when all that had ended before it started have ended, plus the thinking time that lay
 //!   between, at the pace of a hardware-virtualised guest.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    ops::Range,
+    time::{Duration, Instant},
+};
 
 use futures_util::future::try_join_all;
 use readonce_testkit::{
@@ -55,8 +59,14 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     }
     let qemu_missing = bench.missing(&[Tool::QemuImg, Tool::QemuStorageDaemon, Tool::QemuCurl]);
     let nbdkit_missing = bench.missing(&[Tool::Nbdkit]);
-    let names = ["readonce", "QEMU copy-on-read on qcow2", "nbdkit curl+cow 64 KiB", "nbdkit curl+cow 1 MiB"];
-    let missing = [None, qemu_missing, nbdkit_missing.clone(), nbdkit_missing];
+    let names = [
+        "readonce on qed",
+        "readonce on qcow2, subclusters of 4 KiB",
+        "QEMU copy-on-read on qcow2",
+        "nbdkit curl+cow 64 KiB",
+        "nbdkit curl+cow 1 MiB",
+    ];
+    let missing = [None, None, qemu_missing, nbdkit_missing.clone(), nbdkit_missing];
     let mut found = vec![Vec::new(); names.len()];
     for _ in 0..bench.repeat {
         for (who, name) in names.iter().enumerate().filter(|(who, _)| missing[*who].is_none()) {
@@ -82,7 +92,28 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
         target: Target::Report,
         note: String::new(),
     };
+    let once = Figure {
+        row: "boot",
+        what: "recorded boot: bytes fetched / bytes of distinct 4 KiB blocks read before they were written"
+            .to_owned(),
+        unit: "×",
+        ours: value(1, |run| run.asked as f64 / run.wanted as f64),
+        peers: Vec::new(),
+        target: Target::AtMost(1.0),
+        note: "qcow2, subclusters of 4 KiB".to_owned(),
+    };
+    let for_a_flush = Figure {
+        row: "boot",
+        what: "recorded boot: bytes fetched that no read wanted, for which a flush would wait".to_owned(),
+        unit: "B",
+        ours: value(1, |run| run.unwanted as f64),
+        peers: Vec::new(),
+        target: Target::AtMost(0.0),
+        note: "qcow2, subclusters of 4 KiB".to_owned(),
+    };
     Ok(vec![
+        once,
+        for_a_flush,
         figure("wall", "s", |run| run.seconds),
         figure("downloaded", "MiB", |run| run.downloaded as f64 / f64::from(1 << 20)),
         figure("requests to the origin", "", |run| run.requests as f64),
@@ -94,6 +125,33 @@ struct Run {
     seconds: f64,
     downloaded: u64,
     requests: usize,
+    /// Bytes of the ranges asked for, the probe apart.
+    asked: u64,
+    /// Bytes of the blocks that reads of the trace need from the origin.
+    wanted: u64,
+    /// Bytes asked for that lie in no such block.
+    unwanted: u64,
+}
+
+/// Bytes of a subcluster.
+const BLOCK: u64 = 4096;
+
+/// The blocks that reads need from the origin: those that were not written whole before.
+fn wanted_blocks(trace: &[Request]) -> BTreeSet<u64> {
+    let (mut wanted, mut written) = (BTreeSet::new(), BTreeSet::new());
+    for request in trace {
+        let end = request.offset + request.len;
+        match request.op {
+            Op::Read => {
+                wanted.extend(
+                    (request.offset / BLOCK..end.div_ceil(BLOCK)).filter(|block| !written.contains(block)),
+                );
+            }
+            Op::Write | Op::Zero => written.extend(request.offset.div_ceil(BLOCK)..end / BLOCK),
+            Op::Trim | Op::Flush => {}
+        }
+    }
+    wanted
 }
 
 async fn replay_on(bench: &Bench, trace: &[Request], who: usize) -> anyhow::Result<Run> {
@@ -104,20 +162,40 @@ async fn replay_on(bench: &Bench, trace: &[Request], who: usize) -> anyhow::Resu
     let url = origin.url();
     let launch = match who {
         0 => {
-            let image = image::overlay(bench, "boot.qed", &url, SIZE).await?;
+            let image = image::overlay(bench, "boot.qed", image::QED, &url, SIZE).await?;
             Launch::ours(bench, &image, &["--copy-on-read=on"])
         }
         1 => {
-            let image = image::qemu_overlay(bench, "boot.qcow2", "qcow2", &url, SIZE)?;
+            let image =
+                image::overlay(bench, "boot-extended.qcow2", image::QCOW2_EXTENDED, &url, SIZE).await?;
+            Launch::ours(bench, &image, &["--copy-on-read=on"])
+        }
+        2 => {
+            let image = image::qemu_overlay(bench, "boot.qcow2", image::QCOW2, &url, SIZE)?;
             Launch::qemu_copy_on_read(bench, &image, "qcow2", &url)
         }
-        2 => Launch::nbdkit(bench, &url, 64 << 10),
+        3 => Launch::nbdkit(bench, &url, 64 << 10),
         _ => Launch::nbdkit(bench, &url, 1 << 20),
     };
     let server = launch.start()?;
     let seconds = replay(&server, trace, &content).await?;
     // What was read ahead for the boot is part of what it cost.
-    let run = Run { seconds, downloaded: origin.body_bytes(), requests: origin.log().len() };
+    let log = origin.log();
+    let asked: Vec<Range<u64>> = log
+        .iter()
+        .filter_map(|entry| entry.range.clone())
+        .filter(|range| range.end - range.start > 1)
+        .collect();
+    let wanted = wanted_blocks(trace);
+    let blocks = asked.iter().flat_map(|range| range.start / BLOCK..range.end.div_ceil(BLOCK));
+    let run = Run {
+        seconds,
+        downloaded: origin.body_bytes(),
+        requests: log.len(),
+        asked: asked.iter().map(|range| range.end - range.start).sum(),
+        wanted: wanted.len() as u64 * BLOCK,
+        unwanted: blocks.filter(|block| !wanted.contains(block)).count() as u64 * BLOCK,
+    };
     server.stop()?;
     Ok(run)
 }

@@ -1,4 +1,4 @@
-//! The hot path: a local QED image, all of it allocated and in the page cache, over NBD.
+//! The hot path: a local image, all of it allocated and in the page cache, over NBD.
 //!
 //! - All servers run all the time, each with an equal image, pinned to the same CPU; the client is on another, or on the same
 //!   where the row says so. They take turns in short slices, so that what else the machine does meets all alike.
@@ -76,15 +76,15 @@ const LOADS: &[Load] = &[
 ];
 
 /// Runs the row.
-pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
+pub async fn run(bench: &Bench, format: &str, row: &'static str) -> anyhow::Result<Vec<Figure>> {
     anyhow::ensure!(bench.missing(&[Tool::Taskset]).is_none(), "taskset is missing (package util-linux)");
     let missing = bench.missing(&[Tool::QemuNbd]);
-    let image = image::full(bench, "local.qed", SIZE).await?;
-    let mut all = vec![Launch::ours(bench, &image, &["-f", "qed"]).pinned(0).start()?];
+    let image = image::full(bench, &format!("local.{format}"), format, SIZE).await?;
+    let mut all = vec![Launch::ours(bench, &image, &["-f", format]).pinned(0).start()?];
     if missing.is_none() {
         for (at, options) in QEMU_OPTIONS.iter().enumerate() {
-            let image = image::full(bench, &format!("local-peer{at}.qed"), SIZE).await?;
-            all.push(Launch::qemu_nbd(bench, &image, "qed", options).pinned(0).start()?);
+            let image = image::full(bench, &format!("local-peer{at}.{format}"), format, SIZE).await?;
+            all.push(Launch::qemu_nbd(bench, &image, format, options).pinned(0).start()?);
         }
     }
     // It only reads, and every byte of the image's file is as good as another.
@@ -117,8 +117,8 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
             peers.push(("a bare loop: receive, read, send", Value::Number(median(&bare_found).round())));
         }
         figures.push(Figure {
-            row: "local",
-            what: load.what.to_owned(),
+            row,
+            what: format!("{format}: {}", load.what),
             unit: if is_large { "MiB/s" } else { "/s" },
             ours: Value::Number((medians[0] * scale).round()),
             peers,

@@ -1,6 +1,8 @@
 //! The rows: one benchmark each.
 
+mod allocate;
 mod boot;
+mod compressed;
 mod huge;
 mod local;
 mod once;
@@ -62,11 +64,26 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "local",
         about: "speed of a local QED image over NBD",
-        run: |bench| Box::pin(local::run(bench)),
+        run: |bench| Box::pin(local::run(bench, "qed", "local")),
+    },
+    Row {
+        name: "qcow2",
+        about: "speed of a local qcow2 image over NBD",
+        run: |bench| Box::pin(local::run(bench, "qcow2", "qcow2")),
+    },
+    Row {
+        name: "allocate",
+        about: "speed of writes that allocate, in qcow2 over a local raw backing",
+        run: |bench| Box::pin(allocate::run(bench)),
+    },
+    Row {
+        name: "compressed",
+        about: "reading a compressed qcow2 image in sequence",
+        run: |bench| Box::pin(compressed::run(bench)),
     },
     Row {
         name: "huge",
-        about: "open time and memory of a 16 TiB image whose 8192 L2 tables all exist",
+        about: "open time and memory of a 16 TiB image whose L2 tables all exist, QED and qcow2",
         run: |bench| Box::pin(huge::run(bench)),
     },
     Row {

@@ -30,7 +30,7 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     let spec = OriginSpec { link, ..OriginSpec::new(content.clone()) };
 
     let origin = FaultyOrigin::start(spec.clone()).await?;
-    let image = image::overlay(bench, "once.qed", &origin.url(), size).await?;
+    let image = image::overlay(bench, "once.qed", image::QED, &origin.url(), size).await?;
     let server = Launch::ours(bench, &image, &["--copy-on-read=on"]).start()?;
     let distinct = read(&server, &content, rounds).await?;
     server.stop()?;
@@ -41,7 +41,7 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
         None => {
             let origin = FaultyOrigin::start(spec).await?;
             super::allow_head(&origin);
-            let image = image::qemu_overlay(bench, "once.qcow2", "qcow2", &origin.url(), size)?;
+            let image = image::qemu_overlay(bench, "once.qcow2", image::QCOW2, &origin.url(), size)?;
             let server = Launch::qemu_copy_on_read(bench, &image, "qcow2", &origin.url()).start()?;
             let distinct = read(&server, &content, rounds).await?;
             server.stop()?;

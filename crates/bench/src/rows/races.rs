@@ -32,48 +32,62 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     super::allow_head(&origin);
     let url = origin.url();
 
-    let start = Instant::now();
     let requests = bench.amount(REQUESTS);
-    let mut ours = Outcome::default();
-    while ours.requests < requests && !ours.has_ended() {
-        let image = image::overlay(bench, "races.qed", &url, SIZE).await?;
-        let launch = || Launch::ours(bench, &image, &["--copy-on-read=on"]);
-        ours.epoch(launch, EPOCH_REQUESTS.min(requests), Reopen::Yes).await?;
+    let mut ours = Vec::new();
+    for (format, kinds) in [("qed", &[image::QED][..]), ("qcow2", &[image::QCOW2, image::QCOW2_EXTENDED][..])]
+    {
+        let start = Instant::now();
+        let mut outcome = Outcome::default();
+        for kind in kinds.iter().copied().cycle() {
+            if outcome.requests >= requests || outcome.has_ended() {
+                break;
+            }
+            let image = image::overlay(bench, "races.image", kind, &url, SIZE).await?;
+            let launch = || Launch::ours(bench, &image, &["--copy-on-read=on"]);
+            outcome.epoch(launch, EPOCH_REQUESTS.min(requests), Reopen::Yes).await?;
+        }
+        bench.say(&format!("ours, {format}: {outcome:?}, {:.0} s", start.elapsed().as_secs_f64()));
+        ours.push((format, outcome));
     }
-    bench.say(&format!("ours: {ours:?}, {:.0} s", start.elapsed().as_secs_f64()));
 
     let qemu_missing = bench.missing(&[Tool::QemuImg, Tool::QemuStorageDaemon, Tool::QemuCurl]);
     let mut peers = Vec::new();
-    for (name, format) in [("nbdkit cow", ""), ("QEMU on qed", "qed"), ("QEMU on qcow2", "qcow2")] {
-        let missing = if format.is_empty() { bench.missing(&[Tool::Nbdkit]) } else { qemu_missing.clone() };
+    let kinds =
+        [("nbdkit cow", None), ("QEMU on qed", Some(image::QED)), ("QEMU on qcow2", Some(image::QCOW2))];
+    for (name, kind) in kinds {
+        let missing = if kind.is_none() { bench.missing(&[Tool::Nbdkit]) } else { qemu_missing.clone() };
         if let Some(missing) = missing {
             peers.push((name, Value::Words(missing)));
             continue;
         }
         let mut outcome = Outcome::default();
         while outcome.requests < bench.amount(PEER_REQUESTS) && !outcome.has_ended() {
-            if format.is_empty() {
-                // Its overlay is a temporary file: there is nothing to open again.
-                let launch = || Launch::nbdkit(bench, &url, image::CLUSTER);
-                outcome.epoch(launch, EPOCH_REQUESTS.min(requests), Reopen::No).await?;
-            } else {
-                let image = image::qemu_overlay(bench, "races.peer", format, &url, SIZE)?;
-                let launch = || Launch::qemu_copy_on_read(bench, &image, format, &url);
-                outcome.epoch(launch, EPOCH_REQUESTS.min(requests), Reopen::Yes).await?;
+            match kind {
+                None => {
+                    // Its overlay is a temporary file: there is nothing to open again.
+                    let launch = || Launch::nbdkit(bench, &url, image::CLUSTER);
+                    outcome.epoch(launch, EPOCH_REQUESTS.min(requests), Reopen::No).await?;
+                }
+                Some(kind) => {
+                    let image = image::qemu_overlay(bench, "races.peer", kind, &url, SIZE)?;
+                    let launch = || Launch::qemu_copy_on_read(bench, &image, kind.format, &url);
+                    outcome.epoch(launch, EPOCH_REQUESTS.min(requests), Reopen::Yes).await?;
+                }
             }
         }
         bench.say(&format!("{name}: {outcome:?}"));
         peers.push((name, outcome.value()));
     }
-    Ok(vec![Figure {
+    let figures = ours.iter().map(|(format, outcome)| Figure {
         row: "races",
-        what: format!("sectors lost in {requests} racing requests over a slow origin"),
+        what: format!("{format}: sectors lost in {requests} racing requests over a slow origin"),
         unit: "",
-        ours: ours.value(),
-        peers,
+        ours: outcome.value(),
+        peers: peers.clone(),
         target: Target::AtMost(0.0),
         note: format!("peers: {}", bench.amount(PEER_REQUESTS)),
-    }])
+    });
+    Ok(figures.collect())
 }
 
 /// Whether the image can be opened again after the storm.

@@ -22,7 +22,7 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
     let content = Content::seeded(3, SIZE);
 
     let origin = FaultyOrigin::start(OriginSpec::new(content.clone())).await?;
-    let image = image::overlay(bench, "write.qed", &origin.url(), SIZE).await?;
+    let image = image::overlay(bench, "write.qed", image::QED, &origin.url(), SIZE).await?;
     let server = Launch::ours(bench, &image, &["--copy-on-read=on"]).start()?;
     let ours = measure(&server, &origin, &content, rounds).await?;
     origin.heal();
@@ -33,7 +33,7 @@ pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
         None => {
             let origin = FaultyOrigin::start(OriginSpec::new(content.clone())).await?;
             super::allow_head(&origin);
-            let image = image::qemu_overlay(bench, "write.qcow2", "qcow2", &origin.url(), SIZE)?;
+            let image = image::qemu_overlay(bench, "write.qcow2", image::QCOW2, &origin.url(), SIZE)?;
             let server = Launch::qemu_copy_on_read(bench, &image, "qcow2", &origin.url()).start()?;
             let found = measure(&server, &origin, &content, rounds).await?;
             origin.heal();
