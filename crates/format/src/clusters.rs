@@ -115,11 +115,11 @@ impl Clusters {
         Run { clusters: self.clone(), at, len, fresh }
     }
 
-    /// Makes sure that writing the run meets no "no space".
-    pub(crate) async fn make_room(&self, run: &Run) -> Result<(), FormatError> {
-        let run_end = run.at + run.len;
-        if run.at < self.state.lock().grown_start {
-            self.file.allocate(run.at, run.len).await?;
+    /// Makes sure that writing the `len` bytes at `at`, which were handed out, meets no "no space".
+    pub(crate) async fn make_room(&self, at: u64, len: u64) -> Result<(), FormatError> {
+        let run_end = at + len;
+        if at < self.state.lock().grown_start {
+            self.file.allocate(at, len).await?;
         }
         if run_end <= self.state.lock().grown_end {
             return Ok(());

@@ -2,6 +2,9 @@
 //!
 //! - `header`, `extensions`, `record`, `layout`: what lies where in the file, and which values are valid.
 //! - `entry`, `slice`, `l1`, `tables`: the tables in memory; `reader`: an image open for reading.
+//! - `writer`: an image open for writing; `commit`: how an entry changes, `links`: what is linked in memory and not yet on disk,
+//!   `space` and `refs`: clusters and their refcounts, `flush`: how it all gets to the disk, `mark`: the header meanwhile,
+//!   `known`: what is no place for data.
 //! - `refcount`, `snapshots`: refcounts and snapshots as the file stores them; `scan`, `check`: what refers to clusters, and
 //!   whether the refcounts say the same; `repair` with `mend`, `recount` and `flags`: making it right; `snapshot`: internal
 //!   snapshots made, applied and deleted.
@@ -10,34 +13,41 @@
 
 mod change;
 mod check;
+mod commit;
 mod create;
 mod describe;
 mod entry;
 mod extensions;
 mod flags;
+mod flush;
 mod grow;
 mod head;
 mod header;
 mod known;
 mod l1;
 mod layout;
+mod links;
+mod mark;
 mod mend;
 mod reader;
 mod record;
 mod recount;
 mod refcount;
+mod refs;
 mod repair;
 mod scan;
 mod slice;
 mod snapshot;
 mod snapshots;
+mod space;
 mod tables;
+mod writer;
 
 use std::sync::Arc;
 
 use readonce_storage::{BoxFuture, ReadAt, Rt, Storage};
 
-use self::reader::Reader;
+use self::{reader::Reader, writer::Writer};
 use crate::{
     Driver, FormatError, Mapper, WritableMapper,
     driver::{CheckReport, CreateSpec, Description, HeaderChange, OptionSpec, Repair, SnapshotChange},
@@ -82,11 +92,14 @@ impl Driver for Qcow2 {
 
     fn open_writable(
         &self,
-        _: Arc<dyn Storage>,
-        _: Option<Arc<dyn Storage>>,
-        _: Rt,
+        file: Arc<dyn Storage>,
+        data: Option<Arc<dyn Storage>>,
+        rt: Rt,
     ) -> BoxFuture<'static, Result<Arc<dyn WritableMapper>, FormatError>> {
-        Box::pin(async { Err(FormatError::Unsupported("qcow2 images are not written to yet".into())) })
+        Box::pin(async move {
+            let mapper: Arc<dyn WritableMapper> = Arc::new(Writer::open(file, data, rt).await?);
+            Ok(mapper)
+        })
     }
 
     fn check<'a>(&self, file: &'a Arc<dyn ReadAt>) -> BoxFuture<'a, Result<CheckReport, FormatError>> {

@@ -99,7 +99,7 @@ impl Core {
         let l1_slice = self.tables.l1_slice(l1_index).await?;
         self.file.allocate(layout.l1_offset + l1_slice.index * SLICE_BYTES, SLICE_BYTES).await?;
         let run = self.clusters.take(layout.table_bytes(), Fit::Whole);
-        self.clusters.make_room(&run).await?;
+        self.clusters.make_room(run.at, run.len).await?;
         if !run.fresh {
             self.file.write_zeroes(run.at, run.len).await?;
         }
@@ -142,7 +142,7 @@ impl Core {
         }
         if room == Room::Data {
             let taken = self.clusters.take(len, Fit::AtMost);
-            self.clusters.make_room(&taken).await?;
+            self.clusters.make_room(taken.at, taken.len).await?;
             len = taken.len;
             run = Some(taken);
         }

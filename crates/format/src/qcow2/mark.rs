@@ -1,0 +1,217 @@
+//! The header while an image is open for writing: its marks, and who may allocate.
+//!
+//! - The in-use mark, and with lazy refcounts the dirty bit, are written before the first cluster is handed out. They are not
+//!   synced by themselves: the sync that precedes every link covers them, so no link can be on disk without them.
+//! - They go only while nothing holds a [`Ticket`]. Whoever wants one meanwhile waits.
+//! - Autoclear bits that are not kept true are cleared with them, or at the first flush.
+//! - Once corruption was met while writing, nobody gets a ticket.
+//!
+//! Not here: whether the image deserves to lose the mark (`writer`).
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use readonce_storage::Storage;
+
+use super::header::{Header, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, SectorWrite};
+use crate::FormatError;
+
+pub(super) struct Mark {
+    file: Arc<dyn Storage>,
+    /// Whether refcounts are written late.
+    lazy: bool,
+    state: Mutex<State>,
+    /// What the file holds.
+    header: tokio::sync::Mutex<Header>,
+    /// Held while the mark is being taken off.
+    closing: tokio::sync::Mutex<()>,
+}
+
+struct State {
+    /// Whether the file has all marks that allocating needs.
+    ready: bool,
+    /// Whether autoclear bits that are to be cleared are in the file.
+    autoclear: bool,
+    /// Whether the mark is being taken off.
+    closing: bool,
+    /// Whether corruption was met.
+    corrupt: bool,
+    tickets: u64,
+}
+
+/// Leave to allocate; while it lives the mark stays.
+pub(super) struct Ticket(Arc<Mark>);
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.0.state.lock().tickets -= 1;
+    }
+}
+
+impl Mark {
+    pub(super) fn new(file: Arc<dyn Storage>, header: Header) -> Self {
+        let lazy = header.lazy_refcounts();
+        let autoclear = header.clone().clear_autoclear().is_some();
+        let ready = header.record.in_use && !autoclear && lazy == header.dirty();
+        let state = State { ready, autoclear, closing: false, corrupt: header.corrupt(), tickets: 0 };
+        Self {
+            file,
+            lazy,
+            state: Mutex::new(state),
+            header: tokio::sync::Mutex::new(header),
+            closing: tokio::sync::Mutex::new(()),
+        }
+    }
+
+    /// Whether refcounts are written late.
+    pub(super) fn is_lazy(&self) -> bool {
+        self.lazy
+    }
+
+    /// Leave to allocate; writes the marks if they are not there.
+    pub(super) async fn begin(self: &Arc<Self>) -> Result<Ticket, FormatError> {
+        loop {
+            if let Some(ticket) = self.begin_now()? {
+                return Ok(ticket);
+            }
+            // Whoever takes the mark off holds this.
+            let _not_closing = self.closing.lock().await;
+            let mut header = self.header.lock().await;
+            if self.state.lock().ready {
+                continue;
+            }
+            let before = header.clone();
+            let mut writes: Vec<SectorWrite> = header.clear_autoclear().into_iter().collect();
+            if self.lazy {
+                writes
+                    .push(header.change_fields(|fields| fields.incompatible_features |= INCOMPATIBLE_DIRTY));
+            }
+            writes.extend(header.set_in_use(true));
+            if let Err(error) = self.write(writes).await {
+                *header = before;
+                return Err(error);
+            }
+            let mut state = self.state.lock();
+            state.ready = true;
+            state.autoclear = false;
+        }
+    }
+
+    fn begin_now(self: &Arc<Self>) -> Result<Option<Ticket>, FormatError> {
+        let mut state = self.state.lock();
+        if state.corrupt {
+            return Err(FormatError::corrupt(
+                "incompatible_features",
+                "with the corrupt bit",
+                "must not have it where the image is written: check and repair it",
+            ));
+        }
+        Ok((state.ready && !state.closing).then(|| {
+            state.tickets += 1;
+            Ticket(self.clone())
+        }))
+    }
+
+    /// Writes sectors, each once: the last of those for one place.
+    async fn write(&self, mut writes: Vec<SectorWrite>) -> Result<(), FormatError> {
+        while let Some(write) = writes.pop() {
+            writes.retain(|other| other.at != write.at);
+            self.file.write(write.at, write.data).await?;
+        }
+        Ok(())
+    }
+
+    /// Clears autoclear bits. What the guest wrote in place is not known here, but it is flushed.
+    pub(super) async fn clear_autoclear(&self) -> Result<(), FormatError> {
+        if !self.state.lock().autoclear {
+            return Ok(());
+        }
+        let mut header = self.header.lock().await;
+        let before = header.clone();
+        if let Some(write) = header.clear_autoclear()
+            && let Err(error) = self.write(vec![write]).await
+        {
+            *header = before;
+            return Err(error);
+        }
+        self.state.lock().autoclear = false;
+        Ok(())
+    }
+
+    /// Makes the header name another refcount table.
+    pub(super) async fn move_refcount_table(&self, at: u64, clusters: u64) -> Result<(), FormatError> {
+        let clusters = u32::try_from(clusters).expect("a refcount table has at most 8 MiB");
+        let mut header = self.header.lock().await;
+        let before = header.clone();
+        let write = header.change_fields(|fields| {
+            fields.refcount_table_offset = at;
+            fields.refcount_table_clusters = clusters;
+        });
+        if let Err(error) = self.write(vec![write]).await {
+            *header = before;
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Corruption was met while writing: nobody allocates any more, and the file says so (version 3). Best effort: the
+    /// caller has an error to tell already.
+    pub(super) async fn set_corrupt(&self) {
+        self.state.lock().corrupt = true;
+        let mut header = self.header.lock().await;
+        if header.fields.version < 3 || header.corrupt() {
+            return;
+        }
+        let write = header.change_fields(|fields| fields.incompatible_features |= INCOMPATIBLE_CORRUPT);
+        if let Err(error) = self.write(vec![write]).await {
+            tracing::warn!(%error, "the image could not be marked corrupt");
+        }
+    }
+
+    /// Holds up everyone who wants to allocate; `None` where somebody has a ticket.
+    pub(super) async fn close_begin(&self) -> Option<Closing<'_>> {
+        let closing = self.closing.lock().await;
+        let mut state = self.state.lock();
+        if state.tickets > 0 {
+            return None;
+        }
+        state.closing = true;
+        Some(Closing { mark: self, _closing: closing })
+    }
+}
+
+/// Nobody allocates while this lives.
+pub(super) struct Closing<'a> {
+    mark: &'a Mark,
+    _closing: tokio::sync::MutexGuard<'a, ()>,
+}
+
+impl Closing<'_> {
+    /// Whether the image was made ready for allocating.
+    pub(super) fn marked(&self) -> bool {
+        self.mark.state.lock().ready
+    }
+
+    /// Takes the marks off, durable when this returns. Everything else must be durable already.
+    pub(super) async fn clear(self) -> Result<(), FormatError> {
+        let mut header = self.mark.header.lock().await;
+        // From the first byte of this write on the file may be without the mark.
+        self.mark.state.lock().ready = false;
+        let mut writes = Vec::new();
+        if header.dirty() {
+            writes.push(header.change_fields(|fields| fields.incompatible_features &= !INCOMPATIBLE_DIRTY));
+        }
+        writes.extend(header.set_in_use(false));
+        if writes.is_empty() {
+            return Ok(());
+        }
+        self.mark.write(writes).await?;
+        Ok(self.mark.file.sync().await?)
+    }
+}
+
+impl Drop for Closing<'_> {
+    fn drop(&mut self) {
+        self.mark.state.lock().closing = false;
+    }
+}
