@@ -126,9 +126,7 @@ impl Image {
         let start = fills[0].0 * self.unit;
         let end = start + fills.len() as u64 * self.unit;
         let room = if zero && self.abilities.zero { Room::Zero } else { Room::Data };
-        if room == Room::Data {
-            self.unshare_parts(start..end).await?;
-        }
+        self.unshare_parts(start..end).await?;
         let reservation =
             self.mapper.prepare(start, end - start, room).await.map_err(|error| self.failed(error))?;
         let len = reservation.len;

@@ -5,15 +5,15 @@ mod support;
 
 use std::{sync::Arc, time::Duration};
 
-use bytes::Bytes;
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
-use readonce_disk::{BlockDevice, Disk, Top, ZeroMode};
+use readonce_disk::{Disk, Top};
 use readonce_storage::{SimFile, Storage};
 use support::{
     exec::Exec,
+    guest::Guest,
     model::Model,
-    origin::{SECTOR, SimOrigin, sector, stamp_of},
+    origin::{SECTOR, SimOrigin, stamp_of},
     world::{Leaks, check, create, open, raw_over},
 };
 
@@ -45,92 +45,6 @@ impl World {
             guests: rng.random_range(1..8),
             ops_per_guest: 40,
             epochs: 4,
-        }
-    }
-}
-
-struct Guest {
-    disk: Arc<Disk>,
-    model: Arc<Mutex<Model>>,
-    stamps: Arc<Mutex<u64>>,
-    rng: SmallRng,
-    cluster_sectors: u64,
-}
-
-impl Guest {
-    fn range(&mut self) -> (u64, u64) {
-        let sectors = self.model.lock().sector_count();
-        let first = self.rng.random_range(0..sectors);
-        // Whole clusters are as common as a few sectors.
-        let (first, count) = match self.rng.random_range(0..3) {
-            0 => (first, self.rng.random_range(1..4)),
-            1 => (first / self.cluster_sectors * self.cluster_sectors, self.cluster_sectors),
-            _ => (first, self.rng.random_range(1..self.cluster_sectors * 3)),
-        };
-        (first, count.min(sectors - first))
-    }
-
-    async fn op(&mut self) {
-        let (first, count) = self.range();
-        let (offset, len) = (first * SECTOR, count * SECTOR);
-        match self.rng.random_range(0..10) {
-            0..4 => self.read(first, count).await,
-            4..7 => {
-                let stamp = {
-                    let mut stamps = self.stamps.lock();
-                    *stamps += 1;
-                    *stamps
-                };
-                let data: Vec<u8> = (0..count).flat_map(|_| sector(stamp)).collect();
-                let begin = self.model.lock().begin_write(first, count, stamp, false);
-                let written = match self.disk.write_now(offset, &data) {
-                    Some(written) => written,
-                    None => self.disk.write(offset, Bytes::from(data)).await,
-                };
-                written.expect("the disk has room and no faults");
-                self.model.lock().end_write(first, count, begin);
-            }
-            7 => {
-                let begin = self.model.lock().begin_write(first, count, 0, false);
-                let mode = ZeroMode { keep_space: self.rng.random(), only_if_fast: false };
-                self.disk.write_zeroes(offset, len, mode).await.expect("no faults");
-                self.model.lock().end_write(first, count, begin);
-            }
-            8 => {
-                let begin = self.model.lock().begin_write(first, count, 0, true);
-                self.disk.trim(offset, len).await.expect("no faults");
-                self.model.lock().end_write(first, count, begin);
-            }
-            _ => {
-                let begin = self.model.lock().tick();
-                // An origin that is away fails a flush with units written in part, and nothing else.
-                if self.disk.flush().await.is_ok() {
-                    self.model.lock().end_flush(begin);
-                }
-            }
-        }
-    }
-
-    async fn read(&mut self, first: u64, count: u64) {
-        let begin = self.model.lock().tick();
-        let mut buf = vec![0xee; (count * SECTOR) as usize];
-        let read = match self.disk.read_now(first * SECTOR, &mut buf) {
-            Some(read) => read,
-            None => match self.disk.read(first * SECTOR, buf.len()).await {
-                Ok(bytes) => {
-                    buf.copy_from_slice(&bytes);
-                    Ok(())
-                }
-                Err(error) => Err(error),
-            },
-        };
-        // The origin may be away.
-        if read.is_err() {
-            return;
-        }
-        let model = self.model.lock();
-        for (index, bytes) in buf.chunks_exact(SECTOR as usize).enumerate() {
-            model.check_read(first + index as u64, stamp_of(bytes), begin);
         }
     }
 }

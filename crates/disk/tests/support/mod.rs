@@ -3,6 +3,8 @@
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "this is the test's world")]
 
 pub mod exec;
+pub mod fake;
+pub mod guest;
 pub mod model;
 pub mod origin;
 pub mod world;
