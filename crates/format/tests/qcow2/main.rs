@@ -6,6 +6,8 @@ mod check;
 mod create;
 mod damage;
 mod guest;
+mod hostile;
+mod oracle;
 mod qemu;
 mod repair;
 mod snapshot;
