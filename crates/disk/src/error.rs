@@ -38,7 +38,9 @@ impl From<FormatError> for LayerError {
             FormatError::Corrupt { .. } => Self::Corrupt(error.to_string()),
             FormatError::NoSpace(_) => Self::NoSpace(error.to_string()),
             FormatError::Io(error) => error.into(),
-            FormatError::Unsupported(_) | FormatError::Invalid(_) => Self::Io(error.to_string()),
+            FormatError::Unsupported(_) | FormatError::Invalid(_) | FormatError::CopyFirst => {
+                Self::Io(error.to_string())
+            }
         }
     }
 }
