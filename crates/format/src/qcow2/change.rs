@@ -37,7 +37,7 @@ use crate::{
 pub(super) async fn change(file: &Arc<dyn Storage>, change: &HeaderChange) -> Result<(), FormatError> {
     let header = read(file).await?;
     if header.corrupt() {
-        return Err(FormatError::Unsupported("Image is corrupt; cannot be opened read/write".into()));
+        return Err(FormatError::Unsupported("qcow2: Image is corrupt; cannot be opened read/write".into()));
     }
     let mut head = Head::of(&header);
     match change {
@@ -157,4 +157,78 @@ async fn write(file: &Arc<dyn Storage>, head: &[u8], from: usize, to: usize) -> 
 pub(super) async fn write_sector(file: &Arc<dyn Storage>, sector: SectorWrite) -> Result<(), FormatError> {
     file.write(sector.at, sector.data).await?;
     Ok(file.sync().await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use readonce_storage::SimFile;
+
+    use super::*;
+    use crate::{
+        driver::{BackingRef, CreateSpec},
+        qcow2::create::create,
+    };
+
+    fn block_on<T>(future: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
+    }
+
+    /// An image as another program makes it: with an extension that is not ours in the place of ours.
+    async fn foreign(options: &[(&str, &str)], name: &str) -> Arc<SimFile> {
+        let file = Arc::new(SimFile::new());
+        let storage: Arc<dyn Storage> = file.clone();
+        let spec = CreateSpec {
+            size: 1 << 20,
+            backing: Some(BackingRef { name: name.to_owned(), format: Some("raw".into()) }),
+            options: options
+                .iter()
+                .map(|(name, value)| (name.to_string(), Some(value.to_string())))
+                .collect(),
+            ..CreateSpec::default()
+        };
+        create(&storage, None, &spec).await.unwrap();
+        let at = read(&storage).await.unwrap().fields.header_length.into();
+        storage.write(at, Bytes::from_static(&[1, 2, 3, 4])).await.unwrap();
+        storage.sync().await.unwrap();
+        file
+    }
+
+    #[test]
+    fn an_adopted_image_has_the_mark_and_says_the_same() {
+        block_on(async {
+            for options in [&[][..], &[("compat", "v2")], &[("cluster_size", "1k")]] {
+                let file = foreign(options, "backing").await;
+                let storage: Arc<dyn Storage> = file.clone();
+                let before = read(&storage).await.unwrap();
+                assert!(!before.has_mark());
+                let mut adopted = adopt(&storage, before.clone()).await.unwrap();
+                assert!(adopted.has_mark());
+                assert_eq!(adopted.backing, before.backing);
+                assert_eq!(adopted.fields.size, before.fields.size);
+                let kept = |header: &Header| header.extensions.iter().any(|found| found.kind == 0x0102_0304);
+                assert!(kept(&before) && kept(&adopted));
+
+                let mark = adopted.set_in_use(true).unwrap();
+                write_sector(&storage, mark).await.unwrap();
+                assert!(read(&storage).await.unwrap().record.in_use);
+                let writes = file.op_count();
+                let again = read(&storage).await.unwrap();
+                assert!(adopt(&storage, again).await.unwrap().record.in_use);
+                assert_eq!(file.unsynced_count(), 0);
+                assert!(file.op_count() <= writes + 2, "an image that has the mark is only read");
+            }
+        });
+    }
+
+    #[test]
+    fn an_image_without_room_for_the_mark_stays_as_it_is() {
+        block_on(async {
+            let file = foreign(&[("cluster_size", "512")], &"n".repeat(320)).await;
+            let storage: Arc<dyn Storage> = file.clone();
+            let before = file.contents();
+            let header = read(&storage).await.unwrap();
+            assert!(!adopt(&storage, header).await.unwrap().has_mark());
+            assert!(file.contents() == before);
+        });
+    }
 }

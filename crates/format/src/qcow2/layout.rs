@@ -115,11 +115,6 @@ impl Layout {
         guest / self.table_span()
     }
 
-    /// Index within its L2 table of the entry that maps `guest`.
-    pub(super) fn l2_index(&self, guest: u64) -> u64 {
-        guest / self.cluster_size() % self.l2_entries()
-    }
-
     /// Number of the slice that maps `guest`, counted over the whole guest.
     pub(super) fn slice_index(&self, guest: u64) -> u64 {
         guest / self.slice_span()
@@ -148,16 +143,6 @@ impl Layout {
     /// Bits of a refcount: 1 to 64.
     pub(super) fn refcount_bits(&self) -> u64 {
         1 << self.refcount_order
-    }
-
-    /// Refcounts of a refcount block, which is one cluster: at most 2^24.
-    pub(super) fn refcount_block_entries(&self) -> u64 {
-        self.cluster_size() * 8 / self.refcount_bits()
-    }
-
-    /// Bytes of the file that one refcount block counts; at most 2^45.
-    pub(super) fn refcount_block_span(&self) -> u64 {
-        self.refcount_block_entries() * self.cluster_size()
     }
 
     /// Whether a table entry may point to a whole cluster of the image's own file at `offset`.
@@ -215,11 +200,10 @@ mod tests {
         for layout in layouts() {
             let last = layout.image_size - 1;
             assert_eq!(layout.l1_index(last), L1_BYTES_MAX / L1_ENTRY_BYTES - 1);
-            assert_eq!(layout.l2_index(last), layout.l2_entries() - 1);
             assert_eq!(layout.slice_l1_index(layout.slice_index(last)), layout.l1_index(last));
             let in_table = layout.slice_in_table(layout.slice_index(last));
             let entry = layout.slice_entry(last) * layout.entry_bytes();
-            assert_eq!(in_table + entry, layout.l2_index(last) * layout.entry_bytes());
+            assert_eq!(in_table + entry, layout.cluster_size() - layout.entry_bytes());
             assert!(layout.image_size <= 1 << 61);
         }
     }
@@ -237,8 +221,7 @@ mod tests {
         assert_eq!(layout.l2_entries(), 64);
         assert_eq!(layout.table_span(), 32768);
         assert_eq!(layout.l1_entries_used(), 32);
-        assert_eq!((layout.l1_index(40000), layout.l2_index(40000)), (1, 14));
-        assert_eq!(layout.refcount_block_entries(), 4096);
+        assert_eq!((layout.l1_index(40000), layout.slice_entry(40000)), (1, 14));
         assert_eq!(layout.image_size_max(), 128 << 30);
     }
 
