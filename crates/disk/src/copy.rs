@@ -3,15 +3,14 @@
 //!
 //! - The units that are copied are owned meanwhile: nobody else can unlink what is read here, and whoever wants to write there
 //!   waits, then finds data and writes in place.
-//! - A cluster that is not shared never becomes so while the image is open: who has looked once need not look again.
-//! - Room for a part of a cluster is taken only where nothing of that cluster is shared. So whoever owns the shared units
-//!   is the only one with room there, and absent units beside them may be fetched meanwhile, but not stored.
+//! - The format gives no room for a part of a cluster of which another part is shared: then it is copied first. It waits for
+//!   the owner of the shared units, who waits for nobody; so whoever owns absent units beside them may wait for it.
 //! - Local I/O only: units of the cluster that are absent stay absent.
 
-use std::{ops::Range, sync::Arc};
+use std::ops::Range;
 
 use bytes::Bytes;
-use readonce_format::{CommitMode, Mapping, Room};
+use readonce_format::{CommitMode, FormatError, Mapping, Reservation, Room};
 
 use crate::{
     LayerError,
@@ -57,26 +56,22 @@ enum ClaimParts<'a> {
 }
 
 impl Image {
-    /// Makes sure that the parts of clusters in `range` that are absent can be given room of their own.
-    pub(crate) async fn unshare_parts(self: &Arc<Self>, range: Range<u64>) -> Result<(), LayerError> {
-        // A cluster that is a unit is absent as a whole.
-        if self.unit == self.cluster_size {
-            return Ok(());
+    /// Room for units that the caller owns. What must be copied for it is copied first.
+    pub(crate) async fn prepare(&self, offset: u64, len: u64, room: Room) -> Result<Reservation, LayerError> {
+        match self.mapper.prepare(offset, len, room).await {
+            Err(FormatError::CopyFirst) => self.unshare(offset / self.cluster_size).await?,
+            prepared => return prepared.map_err(|error| self.failed(error)),
         }
-        for cluster in range.start / self.cluster_size..range.end.div_ceil(self.cluster_size) {
-            if self.holds_now(cluster).is_none_or(|holds| holds.shared) {
-                self.unshare(cluster).await?;
-            }
-        }
-        Ok(())
+        self.mapper.prepare(offset, len, room).await.map_err(|error| self.failed(error))
     }
 
-    /// Gives what is shared or compressed of a cluster a place of its own. Nothing is done where there is nothing.
-    pub(crate) async fn unshare(self: &Arc<Self>, cluster: u64) -> Result<(), LayerError> {
+    /// Gives a cluster of which something is shared or compressed a place of its own.
+    pub(crate) async fn unshare(&self, cluster: u64) -> Result<(), LayerError> {
         loop {
             let parts = self.shared_parts(cluster).await?;
             if parts.is_empty() {
-                return Ok(());
+                // Copied by another already, or its place is shared though nothing is there.
+                return self.copy(cluster, parts).await;
             }
             let claim = self.claim_parts(&parts);
             match claim {

@@ -126,9 +126,7 @@ impl Image {
         let start = fills[0].0 * self.unit;
         let end = start + fills.len() as u64 * self.unit;
         let room = if zero && self.abilities.zero { Room::Zero } else { Room::Data };
-        self.unshare_parts(start..end).await?;
-        let reservation =
-            self.mapper.prepare(start, end - start, room).await.map_err(|error| self.failed(error))?;
+        let reservation = self.prepare(start, end - start, room).await?;
         let len = reservation.len;
         let count = usize::try_from(len / self.unit).expect("as many as are in memory");
         match (reservation.at, &fills[..count]) {

@@ -118,7 +118,10 @@ impl Image {
         options: ImageOptions,
     ) -> Arc<Self> {
         let geometry = mapper.geometry();
-        let (unit, files, abilities) = (geometry.fill_unit, files.into(), mapper.abilities());
+        let (unit, files, mut abilities) = (geometry.fill_unit, files.into(), mapper.abilities());
+        // In a file of its own, data has its place by its guest offset: what was unlinked could be written anew at once, under
+        // a writer in place who is late.
+        abilities.unlink &= Arc::ptr_eq(&files.own, &files.data);
         let clusters = Clusters::new(files.own, geometry.cluster_size, Arc::clone(&rt));
         Arc::new_cyclic(|me| Self {
             mapper,

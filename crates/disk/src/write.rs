@@ -96,7 +96,6 @@ impl Image {
 
     /// Writes the first bytes of `data` to units that were not data a moment ago; returns how many (0: look again).
     async fn write_absent(self: Arc<Self>, at: u64, data: Bytes) -> Result<u64, LayerError> {
-        self.unshare_parts(at..at + 1).await?;
         let mut leave = None;
         loop {
             // A temporary must not keep the table locked across the waits below.
@@ -173,8 +172,7 @@ impl Image {
     async fn begin_guest(self: &Arc<Self>, at: u64, data: &Bytes, leave: Leave) -> Result<u64, LayerError> {
         let unit = at / self.unit;
         let mut owned = Owned { image: self, units: unit..unit + 1 };
-        let room = self.mapper.prepare(unit * self.unit, self.unit, Room::Data).await;
-        let room = room.map_err(|error| self.failed(error))?;
+        let room = self.prepare(unit * self.unit, self.unit, Room::Data).await?;
         let (from, piece) = (at - unit * self.unit, self.first_piece(at, data));
         let (fetch, store) = {
             let mut table = self.table();
@@ -192,10 +190,10 @@ impl Image {
     async fn attach(self: &Arc<Self>, at: u64, data: &Bytes) -> Result<u64, LayerError> {
         let unit = at / self.unit;
         let (from, piece) = (at - unit * self.unit, self.first_piece(at, data));
-        let room = self.mapper.prepare(unit * self.unit, self.unit, Room::Data).await;
+        let room = self.prepare(unit * self.unit, self.unit, Room::Data).await;
         let (store, done) = match room {
             Ok(room) => (self.table().attach(unit, room, from, piece), Ok(piece.len() as u64)),
-            Err(error) => (self.table().end_prepare(unit), Err(self.failed(error))),
+            Err(error) => (self.table().end_prepare(unit), Err(error)),
         };
         self.start_stores(store.into_iter().collect());
         done
@@ -216,8 +214,7 @@ impl Image {
         while units.end - unit < max {
             let next = units.end;
             let free = !table.is_busy(next)
-                && matches!(self.mapping_now(next), Some(Mapping::Zero | Mapping::Absent))
-                && !self.begins_shared(next);
+                && matches!(self.mapping_now(next), Some(Mapping::Zero | Mapping::Absent));
             if next != unit && !free {
                 break;
             }
@@ -225,14 +222,6 @@ impl Image {
             units.end += 1;
         }
         units
-    }
-
-    /// The unit begins a cluster of parts some of which may be shared: they are copied before room is taken there.
-    fn begins_shared(&self, unit: u64) -> bool {
-        let start = unit * self.unit;
-        self.unit < self.cluster_size
-            && start.is_multiple_of(self.cluster_size)
-            && self.holds_now(start / self.cluster_size).is_none_or(|holds| holds.shared)
     }
 
     pub(crate) fn rest_is_zero(&self, unit: u64, mapping: Mapping) -> bool {
@@ -252,8 +241,7 @@ impl Owned<'_> {
         let image = self.image;
         let start = self.units.start * image.unit;
         let want = (self.units.end - self.units.start) * image.unit;
-        let room = image.mapper.prepare(start, want, Room::Data).await;
-        let room = room.map_err(|error| image.failed(error))?;
+        let room = image.prepare(start, want, Room::Data).await?;
         let to = room.at.expect("room for data has a place");
         let end = (start + room.len.min(want)).min(at + data.len() as u64);
         let data = data.slice(..(end - at) as usize);
@@ -279,7 +267,7 @@ impl Owned<'_> {
         let mut at = self.units.start * image.unit;
         let end = self.units.end * image.unit;
         while at < end {
-            let room = image.mapper.prepare(at, end - at, room).await.map_err(|error| image.failed(error))?;
+            let room = image.prepare(at, end - at, room).await?;
             if let Some(to) = room.at {
                 image.file.write_zeroes(to, room.len).await.map_err(|error| image.failed(error))?;
             }

@@ -127,7 +127,6 @@ impl Image {
     /// Zeroes the first of `count` units that were not data a moment ago; returns the bytes done (0: look again).
     async fn zero_absent(self: Arc<Self>, unit: u64, count: u64) -> Result<u64, LayerError> {
         let room = if self.abilities.zero { Room::Zero } else { Room::Data };
-        self.unshare_parts(unit * self.unit..(unit + 1) * self.unit).await?;
         let claim = self.claim_zero(unit, count);
         match claim {
             Claim::Done => Ok(self.unit),

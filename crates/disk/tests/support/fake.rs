@@ -64,6 +64,8 @@ struct State {
 enum Whole {
     Clusters,
     Parts,
+    /// A copy changes shared units alone: it may be held beside others, and do nothing.
+    Copy,
 }
 
 /// What a cluster of a new fake image is.
@@ -194,7 +196,7 @@ impl Fake {
         Extent { mapping, len: (end - offset).min(len_max) }
     }
 
-    fn prepare_now(&self, offset: u64, len: u64, room: Room) -> Reservation {
+    fn prepare_now(&self, offset: u64, len: u64, room: Room) -> Result<Reservation, FormatError> {
         let Geometry { size, cluster_size, fill_unit } = self.spec.geometry;
         assert!(offset.is_multiple_of(fill_unit) && len.is_multiple_of(fill_unit) && len > 0);
         assert!(offset + len <= size.next_multiple_of(cluster_size), "room past the end");
@@ -208,9 +210,12 @@ impl Fake {
                 || (room == Room::Zero && matches!(unit, Unit::Data(_)))
         };
         let asked = &state.units[first as usize..(first + count) as usize];
-        let whole = room == Room::Copy || asked.iter().any(|&unit| needs_whole(unit));
-        let whole = if whole { Whole::Clusters } else { Whole::Parts };
-        if whole == Whole::Clusters {
+        let whole = match room {
+            Room::Copy => Whole::Copy,
+            _ if asked.iter().any(|&unit| needs_whole(unit)) => Whole::Clusters,
+            _ => Whole::Parts,
+        };
+        if whole != Whole::Parts {
             assert!(offset.is_multiple_of(cluster_size) && ends(offset + len), "whole clusters");
         } else if room == Room::Data {
             assert!(!asked.iter().any(|unit| matches!(unit, Unit::Data(_))), "room over data");
@@ -231,6 +236,9 @@ impl Fake {
                     || (of(held_first) < end
                         && of(first) < of(held_first + held_count - 1) + self.per_cluster())
             };
+            if whole == Whole::Copy || held_whole == Whole::Copy {
+                continue;
+            }
             assert!(!overlaps(first, first + count), "two reservations of one unit");
             if whole == Whole::Clusters || held_whole == Whole::Clusters {
                 assert!(!clusters(), "parts are reserved beside a whole cluster");
@@ -239,7 +247,7 @@ impl Fake {
         let mut at = None;
         match (room, whole) {
             (Room::Zero, _) => {}
-            (_, Whole::Clusters) => {
+            (_, Whole::Clusters | Whole::Copy) => {
                 // One cluster at a time: reservations may be shorter than asked.
                 count = count.min(self.per_cluster());
                 at = Some(take(state, cluster_size));
@@ -249,7 +257,9 @@ impl Fake {
                 let cluster = first / self.per_cluster();
                 let units = &state.units[of(first) as usize..(of(first) + self.per_cluster()) as usize];
                 let shared = units.iter().any(|unit| matches!(unit, Unit::Shared(_) | Unit::Compressed(..)));
-                assert!(!shared, "room for a part of a shared cluster");
+                if shared {
+                    return Err(FormatError::CopyFirst);
+                }
                 let place = match state.places.get(&cluster) {
                     Some(&place) => place,
                     None => {
@@ -263,7 +273,7 @@ impl Fake {
         }
         state.held.push((first, count, whole));
         let holder = Holder { fake: self.me.upgrade().expect("it is in use"), room, whole };
-        Reservation::new(offset, count * fill_unit, at, Arc::new(holder))
+        Ok(Reservation::new(offset, count * fill_unit, at, Arc::new(holder)))
     }
 }
 
@@ -295,9 +305,17 @@ impl ReservationHolder for Holder {
         let state = &mut *state;
         self.let_go(state, first, count);
         let mut linked = 0;
+        let cluster_units = first as usize..(first + self.fake.per_cluster()) as usize;
+        let is_shared = |unit: &Unit| matches!(unit, Unit::Shared(_) | Unit::Compressed(..));
+        if self.whole == Whole::Copy && !state.units[cluster_units].iter().any(is_shared) {
+            state.free.extend(at);
+            return len;
+        }
         // An image may end inside a cluster, which goes as a whole all the same.
         let affected = match self.whole {
-            Whole::Clusters => (first + count).next_multiple_of(self.fake.per_cluster()) - first,
+            Whole::Clusters | Whole::Copy => {
+                (first + count).next_multiple_of(self.fake.per_cluster()) - first
+            }
             Whole::Parts => count,
         };
         for index in 0..affected {
@@ -316,7 +334,7 @@ impl ReservationHolder for Holder {
             linked += if index < count { unit_bytes } else { 0 };
             state.units[(first + index) as usize] = new;
         }
-        if self.whole == Whole::Clusters {
+        if self.whole != Whole::Parts {
             let per_cluster = self.fake.per_cluster();
             for cluster in first / per_cluster..(first + count).div_ceil(per_cluster) {
                 if let Some(before) = state.places.remove(&cluster) {
@@ -335,7 +353,7 @@ impl ReservationHolder for Holder {
         let unit_bytes = self.fake.spec.geometry.fill_unit;
         let mut state = self.fake.state.lock();
         self.let_go(&mut state, guest / unit_bytes, len / unit_bytes);
-        if let (Some(at), Whole::Clusters) = (at, self.whole) {
+        if let (Some(at), Whole::Clusters | Whole::Copy) = (at, self.whole) {
             state.free.push(at);
         }
     }
@@ -364,7 +382,7 @@ impl WritableMapper for Fake {
         Box::pin(async move {
             // Something to wait on, so that others come in between.
             self.file.read(0, 0).await?;
-            Ok(self.prepare_now(offset, len, room))
+            self.prepare_now(offset, len, room)
         })
     }
 
