@@ -121,12 +121,15 @@ pub(super) fn find(extensions: &[Extension], kind: u32) -> Option<&Extension> {
     extensions.iter().find(|extension| extension.kind == kind)
 }
 
-/// A string extension.
+/// A string extension. Zero bytes at its end, which some programs count in, are no part of it.
 ///
 /// # Errors
 /// `Corrupt` where it is no UTF-8 without zero bytes.
 pub(super) fn string(extensions: &[Extension], kind: u32, name: &str) -> Result<Option<String>, FormatError> {
-    find(extensions, kind).map(|extension| text(&extension.data, name)).transpose()
+    let trimmed = |data: &[u8]| data.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
+    find(extensions, kind)
+        .map(|extension| text(extension.data.get(..trimmed(&extension.data)).unwrap_or_default(), name))
+        .transpose()
 }
 
 /// Bytes as a string.

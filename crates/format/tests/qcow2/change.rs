@@ -259,6 +259,40 @@ fn growth_that_crashes_leaks_at_most() {
     }
 }
 
+#[test]
+fn growth_shows_nothing_that_lay_behind_the_end() {
+    let folder = Folder::new();
+    let file = create(&spec("cluster_size=512,preallocation=metadata", false, 1 << 20)).unwrap();
+    let mut bytes = file.contents();
+    // The L1 table has 32 entries and room for 64: the machine state of a snapshot begins at the 36th.
+    let l1 = be(&bytes[40..48]) as usize;
+    bytes.copy_within(l1..l1 + 8, l1 + 35 * 8);
+    bytes[36..40].copy_from_slice(&40u32.to_be_bytes());
+    let file = Arc::new(SimFile::from_bytes(&bytes));
+    change(&file, &HeaderChange::Size((1 << 20) + 512)).unwrap();
+    assert_eq!(be(&file.contents()[40..48]) as usize, l1, "no entry that matters: the table stays");
+    change(&file, &HeaderChange::Size(2 << 20)).unwrap();
+    folder.save("image", &file);
+    let map =
+        ok("qemu-img", &["map", "-f", "qcow2", "--output=json", "--start-offset=1M", &folder.text("image")]);
+    assert!(!map.contains("\"present\": true"), "{map}");
+}
+
+#[test]
+fn bitmaps_of_a_grown_image_are_stale() {
+    let folder = Folder::new();
+    folder.qemu_create("image", "", false, "1M").unwrap();
+    let path = folder.text("image");
+    ok("qemu-img", &["bitmap", "--add", &path, "bitmap"]);
+    assert!(folder.info("image").contains("bitmap"));
+    let file = folder.load("image");
+    change(&file, &HeaderChange::Size(2 << 20)).unwrap();
+    assert!(!describe(&file).unwrap().details.iter().any(|(name, _)| *name == "bitmaps"));
+    folder.save("image", &file);
+    // QEMU warns, and opens it.
+    ok("qemu-io", &["-f", "qcow2", "-c", "write -P 1 1M 64k", &path]);
+}
+
 fn refused(file: &Arc<SimFile>, step: &HeaderChange, expect: &str) {
     let before = file.contents();
     let error = change(file, step).unwrap_err();
