@@ -100,7 +100,7 @@ impl PolicyArgs {
 /// Flags of the commands that use a chain: `serve`, `run`, `io`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct UseArgs {
-    /// Format of IMAGE (qed, raw); told from its first bytes where absent, but never guessed to be raw for writing
+    /// Format of IMAGE (qed, qcow2, raw); told from its first bytes where absent, but never guessed to be raw for writing
     #[arg(short = 'f', long = "format", value_name = "FMT")]
     pub format: Option<String>,
     /// The guest may not write; fills still go into the image

@@ -16,6 +16,7 @@ use crate::{
     failure::{Failure, Outcome},
     json::text,
     look::{self, Output},
+    stdout,
 };
 
 const EXIT_CORRUPT: u8 = 2;
@@ -30,7 +31,7 @@ const EXIT_UNSUPPORTED: u8 = 63;
                   format cannot be checked. With -r it is the status after the repair."
 )]
 pub struct Args {
-    /// Format of IMAGE (qed, raw); told from its first bytes where absent
+    /// Format of IMAGE (qed, qcow2, raw); told from its first bytes where absent
     #[arg(short = 'f', long = "format", value_name = "FMT")]
     format: Option<String>,
     /// Look without a lock, also while another process writes the image
@@ -72,8 +73,8 @@ pub async fn run(args: Args) -> Outcome {
         None => examine(image, &args).await?,
     };
     match output {
-        Output::Json if !args.quiet => println!("{}", text(&checked.json())),
-        Output::Human if !args.quiet => print!("{}", checked.human()),
+        Output::Json if !args.quiet => stdout::line(text(&checked.json())),
+        Output::Human if !args.quiet => stdout::print(checked.human()),
         Output::Json | Output::Human => {}
     }
     Ok(checked.exit())
@@ -118,11 +119,11 @@ async fn mend(image: &str, args: &Args, repair: Repair, output: Output) -> Resul
     let mut report = driver.repair(&file, repair).await.map_err(|error| refused(image, error))?;
     if report.corruptions_fixed > 0 || report.leaks_fixed > 0 {
         if output == Output::Human && !args.quiet {
-            println!(
+            stdout::line(format_args!(
                 "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} corruptions\n\n\
                  Double checking the fixed image now...",
                 report.leaks_fixed, report.corruptions_fixed
-            );
+            ));
         }
         let fixed = report;
         report = driver.check(&readable).await.map_err(|error| refused(image, error))?;
@@ -183,6 +184,9 @@ impl Checked {
         if report.fragmented_clusters > 0 {
             all.insert("fragmented-clusters".into(), report.fragmented_clusters.into());
         }
+        if report.compressed_clusters > 0 {
+            all.insert("compressed-clusters".into(), report.compressed_clusters.into());
+        }
         Value::Object(all)
     }
 
@@ -210,11 +214,12 @@ impl Checked {
         if report.total_clusters > 0 && report.allocated_clusters > 0 {
             let percent = |part: u64, of: u64| part as f64 * 100.0 / of as f64;
             out += &format!(
-                "{}/{} = {:.2}% allocated, {:.2}% fragmented, 0.00% compressed clusters\n",
+                "{}/{} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters\n",
                 report.allocated_clusters,
                 report.total_clusters,
                 percent(report.allocated_clusters, report.total_clusters),
                 percent(report.fragmented_clusters, report.allocated_clusters),
+                percent(report.compressed_clusters, report.allocated_clusters),
             );
         }
         if let Some(offset) = report.image_end_offset {

@@ -3,10 +3,19 @@
 //! - Everything is checked before the image's file is touched: what is refused creates nothing, and changes no file that
 //!   was there.
 //! - The name that is stored has no user, password or signature in it.
+//! - A data file lies where the image will look for it: beside the image, if its name is a relative one.
+//!
+//! `create/wanted`: the options. `create/rehearsal`: a file that takes everything, on which a driver shows that it would do.
 
-use std::{collections::BTreeMap, path::Path, process::ExitCode, sync::Arc};
+mod rehearsal;
+mod wanted;
 
-use bytes::Bytes;
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
+
 use readonce_disk::chain::{ChainOptions, Layer, TopOnly, open_layers};
 use readonce_format::{
     Driver,
@@ -14,15 +23,17 @@ use readonce_format::{
 };
 use readonce_origin::Locator;
 use readonce_storage::{
-    BoxFuture, LocalFile, ReadAt, Rt, Storage, local::OpenMode, lock::Access, runtime::TokioRuntime,
+    ImageLock, LocalFile, Rt, Storage, local::OpenMode, lock::Access, runtime::TokioRuntime,
 };
 
+use self::{
+    rehearsal::Rehearsal,
+    wanted::{Wanted, announcement, help},
+};
 use crate::{
     chain_args::{OriginArgs, PolicyArgs},
     failure::{Failure, Outcome},
-    look,
-    options::{self, Pair},
-    report,
+    look, options, report, stdout,
 };
 
 /// Make a new image
@@ -30,13 +41,13 @@ use crate::{
 #[command(
     override_usage = "readonce create [OPTIONS] IMAGE [SIZE]",
     after_help = "SIZE is in bytes, suffixes k, M, G, T, P, E; without it the backing file's size is taken.\n\
-                  Example: readonce create -f qed -o copy_on_read -b http://host/Fedora.iso -F raw cached.img"
+                  Example: readonce create -f qcow2 -o copy_on_read -b http://host/Fedora.iso -F raw cached.img"
 )]
 pub struct Args {
-    /// Format of the new image (qed, raw)
+    /// Format of the new image (qed, qcow2, raw)
     #[arg(short = 'f', long = "format", value_name = "FMT", default_value = "raw")]
     format: String,
-    /// Format options: cluster_size=BYTES, table_size=CLUSTERS, copy_on_read[=on|off]; -o help lists them
+    /// Format options: copy_on_read[=on|off], cluster_size=BYTES and more; -o help lists those of the format
     #[arg(short = 'o', long = "options", value_name = "OPTIONS")]
     options: Vec<String>,
     /// Backing file: a path relative to IMAGE, or a URL
@@ -60,24 +71,13 @@ pub struct Args {
     words: Vec<String>,
 }
 
-/// Options whose value is a size.
-const SIZES: [&str; 3] = ["cluster_size", "table_size", "size"];
-/// Options whose value is on or off.
-const SWITCHES: [&str; 1] = ["copy_on_read"];
-/// Options that every format with a backing file takes, and their help.
-const COMMON: [(&str, &str); 3] = [
-    ("backing_file", "File name of a base image"),
-    ("backing_fmt", "Image format of the base image"),
-    ("size", "Virtual disk size"),
-];
-
 /// Runs it.
 pub async fn run(args: Args) -> Outcome {
     let pairs = options::pairs(args.options.iter().map(String::as_str));
     let driver = readonce_format::driver::driver(&args.format);
     if pairs.iter().any(|(name, _)| name == "help" || name == "?") {
         let driver = driver.ok_or_else(|| Failure::new(format!("Unknown file format '{}'", args.format)))?;
-        print!("{}", help(driver));
+        stdout::print(help(driver));
         return Ok(ExitCode::SUCCESS);
     }
     let (image, size) = match args.words.as_slice() {
@@ -89,63 +89,14 @@ pub async fn run(args: Args) -> Outcome {
     let of_image = |failure: Failure| Failure { text: format!("{image}: {}", failure.text), ..failure };
     let driver =
         driver.ok_or_else(|| of_image(Failure::new(format!("Unknown file format '{}'", args.format))))?;
-    let mut wanted = Wanted::read(driver, pairs, &args).map_err(of_image)?;
+    let mut wanted = Wanted::read(driver, pairs).map_err(of_image)?;
     wanted.size = size.or(wanted.size);
-    create(image, driver, wanted, &args).await.map_err(of_image)
-}
-
-/// What the command line asks for.
-struct Wanted {
-    size: Option<u64>,
-    backing: Option<String>,
-    backing_format: Option<String>,
-    /// The format's own options, sizes in bytes.
-    options: Vec<Pair>,
-}
-
-impl Wanted {
-    fn read(driver: &dyn Driver, pairs: Vec<Pair>, args: &Args) -> Result<Self, Failure> {
-        let mut named: BTreeMap<String, Option<String>> = BTreeMap::new();
-        for (name, value) in pairs {
-            let known = driver.create_options().iter().any(|option| option.name == name)
-                || COMMON.iter().any(|(common, _)| *common == name);
-            if !known {
-                return Err(Failure::new(format!("Invalid parameter '{name}'")));
-            }
-            let value = match value {
-                value if SWITCHES.contains(&name.as_str()) => {
-                    Some(if options::switch(&name, value.as_deref())? { "on" } else { "off" }.to_owned())
-                }
-                Some(value) if SIZES.contains(&name.as_str()) => {
-                    Some(options::parameter_size(&name, &value)?.to_string())
-                }
-                None if SIZES.contains(&name.as_str()) => {
-                    Some(options::parameter_size(&name, "on")?.to_string())
-                }
-                value => value,
-            };
-            named.insert(name, value);
-        }
-        let mut take = |name: &str| named.remove(name).flatten();
-        let size = take("size").and_then(|text| text.parse().ok());
-        let (backing, backing_format) = (take("backing_file"), take("backing_fmt"));
-        let backing = args.backing.clone().or(backing);
-        if backing.as_deref() == Some("") {
-            return Err(Failure::new("Expected backing file name, got empty string"));
-        }
-        let mut own = Vec::new();
-        for option in driver.create_options() {
-            if let Some(value) = named.remove(option.name) {
-                own.push((option.name.to_owned(), value));
-            }
-        }
-        Ok(Self {
-            size,
-            backing,
-            backing_format: args.backing_format.clone().or(backing_format),
-            options: own,
-        })
+    wanted.backing = args.backing.clone().or(wanted.backing);
+    wanted.backing_format = args.backing_format.clone().or(wanted.backing_format);
+    if wanted.backing.as_deref() == Some("") {
+        return Err(of_image(Failure::new("Expected backing file name, got empty string")));
     }
+    create(image, driver, wanted, &args).await.map_err(of_image)
 }
 
 async fn create(image: &str, driver: &dyn Driver, wanted: Wanted, args: &Args) -> Outcome {
@@ -203,13 +154,19 @@ async fn create(image: &str, driver: &dyn Driver, wanted: Wanted, args: &Args) -
         }
         spec.backing = Some(BackingRef { name: stored, format: Some(format) });
     }
+    spec.data_file = wanted.data_file;
     spec.size = size.ok_or_else(|| Failure::new("Image creation needs a size parameter"))?;
     if !args.quiet {
-        println!("{}", announcement(image, driver, &spec, wanted.backing_format.as_deref()));
+        stdout::line(announcement(image, driver, &spec, wanted.backing_format.as_deref()));
     }
+    let data = match &spec.data_file {
+        Some(name) => Some(data_file(&place, name, &_layers)?),
+        None => None,
+    };
     let rehearsal: Arc<dyn Storage> = Arc::new(Rehearsal);
-    driver.create(&rehearsal, None, &spec).await.map_err(|error| Failure::new(error.to_string()))?;
-    write(&place, driver, &spec).await?;
+    let rehearsed = data.as_ref().map(|_| &rehearsal);
+    driver.create(&rehearsal, rehearsed, &spec).await.map_err(|error| Failure::new(error.to_string()))?;
+    write(&place, data.as_deref(), driver, &spec).await?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -269,110 +226,76 @@ fn is_same_file(place: &Path, other: &Locator) -> bool {
     }
 }
 
-async fn write(place: &Path, driver: &dyn Driver, spec: &CreateSpec) -> Result<(), Failure> {
-    let failed = |cause: String| {
-        let cause = cause
-            .strip_prefix(&format!("Could not open '{}': ", place.display()))
-            .map(str::to_owned)
-            .unwrap_or(cause);
-        Failure::new(format!("Could not create '{}': {cause}", place.display()))
-    };
-    let was_there = std::fs::symlink_metadata(place).is_ok();
-    let mode = if was_there { OpenMode::Create } else { OpenMode::CreateNew };
-    let file = LocalFile::open(place, mode).map_err(|error| failed(error.to_string()))?;
-    let file = Arc::new(file);
-    let _lock = look::locked(&file, Access::Write).map_err(|error| Failure::new(error.to_string()))?;
-    let storage: Arc<dyn Storage> = file.clone();
-    if let Err(error) = driver.create(&storage, None, spec).await {
-        if !was_there {
-            let _ = std::fs::remove_file(place);
+/// Where the data file of an image at `place` is to be.
+fn data_file(place: &Path, name: &str, layers: &[Layer]) -> Result<PathBuf, Failure> {
+    let image = Locator::File(place.to_owned());
+    let found = match Locator::parse(name, Some(&image)) {
+        _ if name.is_empty() => {
+            return Err(Failure::new("Could not create '': No such file or directory"));
         }
-        return Err(failed(error.to_string()));
+        Ok(Locator::File(path)) => path,
+        Ok(Locator::Http(url)) => {
+            return Err(Failure::new(format!("Driver '{}' does not support image creation", url.scheme())));
+        }
+        Err(error) => return Err(Failure::new(error.to_string())),
+    };
+    if is_same_file(&found, &image) {
+        return Err(Failure::new("Error: the data file and the image are the same file"));
+    }
+    if layers.iter().any(|layer| is_same_file(&found, &layer.locator)) {
+        return Err(Failure::new("Error: the backing chain holds the file that is to hold the data"));
+    }
+    Ok(found)
+}
+
+/// A file that is being made. Dropped before it is kept, it goes, unless it was there before.
+struct Draft<'a> {
+    place: &'a Path,
+    file: Arc<dyn Storage>,
+    _lock: Option<ImageLock>,
+    was_there: bool,
+    kept: bool,
+}
+
+impl<'a> Draft<'a> {
+    fn open(place: &'a Path) -> Result<Self, Failure> {
+        let was_there = std::fs::symlink_metadata(place).is_ok();
+        let mode = if was_there { OpenMode::Create } else { OpenMode::CreateNew };
+        let file = LocalFile::open(place, mode).map_err(|error| not_created(place, &error.to_string()))?;
+        let lock = look::locked(&file, Access::Write).map_err(|error| Failure::new(error.to_string()))?;
+        Ok(Self { place, file: Arc::new(file), _lock: lock, was_there, kept: false })
+    }
+}
+
+impl Drop for Draft<'_> {
+    fn drop(&mut self) {
+        if !self.was_there && !self.kept {
+            let _ = std::fs::remove_file(self.place);
+        }
+    }
+}
+
+fn not_created(place: &Path, cause: &str) -> Failure {
+    let cause = cause.strip_prefix(&format!("Could not open '{}': ", place.display())).unwrap_or(cause);
+    Failure::new(format!("Could not create '{}': {cause}", place.display()))
+}
+
+async fn write(
+    place: &Path,
+    data: Option<&Path>,
+    driver: &dyn Driver,
+    spec: &CreateSpec,
+) -> Result<(), Failure> {
+    let mut image = Draft::open(place)?;
+    let mut data = data.map(Draft::open).transpose()?;
+    let data_file = data.as_ref().map(|data| &data.file);
+    driver
+        .create(&image.file, data_file, spec)
+        .await
+        .map_err(|error| not_created(place, &error.to_string()))?;
+    image.kept = true;
+    if let Some(data) = &mut data {
+        data.kept = true;
     }
     Ok(())
-}
-
-/// The line that QEMU's tool prints before it makes an image.
-fn announcement(image: &str, driver: &dyn Driver, spec: &CreateSpec, backing_format: Option<&str>) -> String {
-    let mut line = format!("Formatting '{image}', fmt={} size={}", driver.name(), spec.size);
-    if let Some(backing) = &spec.backing {
-        line += &format!(" backing_file={}", backing.name);
-    }
-    if let Some(format) = backing_format {
-        line += &format!(" backing_fmt={format}");
-    }
-    for option in driver.create_options() {
-        let given = spec.options.iter().find(|(name, _)| name == option.name);
-        match given.map(|(_, value)| value.as_deref().unwrap_or("on")) {
-            Some(value) => line += &format!(" {}={value}", option.name),
-            None if option.name == "cluster_size" => line += " cluster_size=65536",
-            None => {}
-        }
-    }
-    line
-}
-
-fn help(driver: &dyn Driver) -> String {
-    let own = driver.create_options().iter().map(|option| (option.name, option.help));
-    let has_backing = driver.create_options().iter().any(|option| SWITCHES.contains(&option.name));
-    let common = COMMON.into_iter().filter(|(name, _)| has_backing || *name == "size");
-    let all: BTreeMap<&str, &str> = own.chain(common).collect();
-    let mut text = format!("Supported {} options:\n", driver.name());
-    for (name, help) in all {
-        let kind = match name {
-            name if SIZES.contains(&name) => "<size>",
-            name if SWITCHES.contains(&name) => "<bool (on/off)>",
-            _ => "<str>",
-        };
-        let left = format!("{name}={kind}");
-        text += &format!("  {left:<22} - {help}\n");
-    }
-    text
-}
-
-/// Bytes that take everything: a driver that creates an image here has checked all that was asked, and no file was touched.
-struct Rehearsal;
-
-impl ReadAt for Rehearsal {
-    fn len(&self) -> u64 {
-        0
-    }
-
-    fn read_now(&self, _: u64, _: &mut [u8]) -> Option<std::io::Result<()>> {
-        None
-    }
-
-    fn read(&self, _: u64, _: usize) -> BoxFuture<'_, std::io::Result<Bytes>> {
-        Box::pin(std::future::ready(Err(std::io::ErrorKind::UnexpectedEof.into())))
-    }
-}
-
-impl Storage for Rehearsal {
-    fn write_now(&self, _: u64, _: &[u8]) -> Option<std::io::Result<()>> {
-        Some(Ok(()))
-    }
-
-    fn write(&self, _: u64, _: Bytes) -> BoxFuture<'_, std::io::Result<()>> {
-        Box::pin(std::future::ready(Ok(())))
-    }
-
-    fn allocate(&self, _: u64, _: u64) -> BoxFuture<'_, std::io::Result<()>> {
-        Box::pin(std::future::ready(Ok(())))
-    }
-
-    fn write_zeroes(&self, _: u64, _: u64) -> BoxFuture<'_, std::io::Result<()>> {
-        Box::pin(std::future::ready(Ok(())))
-    }
-
-    fn punch_hole(&self, _: u64, _: u64) -> BoxFuture<'_, std::io::Result<()>> {
-        Box::pin(std::future::ready(Ok(())))
-    }
-
-    fn set_len(&self, _: u64) -> BoxFuture<'_, std::io::Result<()>> {
-        Box::pin(std::future::ready(Ok(())))
-    }
-
-    fn sync(&self) -> BoxFuture<'_, std::io::Result<()>> {
-        Box::pin(std::future::ready(Ok(())))
-    }
 }

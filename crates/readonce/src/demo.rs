@@ -31,6 +31,7 @@ use crate::{
     report::ToldArgs,
     session::{EndArgs, Session},
     signals::{Signals, until_signal},
+    stdout,
 };
 
 /// Bytes of the disk.
@@ -70,12 +71,12 @@ async fn show(args: Args) -> Outcome {
     .await
     .map_err(|error| failed("the origin", error))?;
     let model = Arc::new(Model::new(content, args.seed));
-    println!(
+    stdout::line(format_args!(
         "A disk of {} behind a link of {} Mbit/s and {} ms; an image over it with copy-on-read; a guest.\n",
         human::size(DISK_BYTES),
         LINK.0,
         LINK.1
-    );
+    ));
     let mut table = Table::new(&origin);
 
     let began = Instant::now();
@@ -125,11 +126,11 @@ async fn show(args: Args) -> Outcome {
             "the origin was asked for {asked} bytes, it has only {DISK_BYTES}"
         )));
     }
-    println!(
+    stdout::line(format_args!(
         "\nEvery byte was right, and none was fetched twice: {:.2} of the disk's bytes crossed the link. With a real URL:\n\n    \
          readonce run http://HOST/Fedora.iso -- qemu-system-x86_64 -m 2G -cdrom {{uri}} -boot d\n",
         asked as f64 / DISK_BYTES as f64
-    );
+    ));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -197,18 +198,18 @@ struct Table<'a> {
 
 impl<'a> Table<'a> {
     fn new(origin: &'a FaultyOrigin) -> Self {
-        println!("{:<32}{:>9}{:>12}{:>10}  result", "step", "time", "fetched", "requests");
+        stdout::line(format_args!("{:<32}{:>9}{:>12}{:>10}  result", "step", "time", "fetched", "requests"));
         Self { origin, bytes: 0, requests: 0 }
     }
 
     fn row(&mut self, step: &str, began: Instant, result: String) {
         let (bytes, requests) = (self.origin.body_bytes(), self.origin.log().len());
-        println!(
+        stdout::line(format_args!(
             "{step:<32}{:>9}{:>12}{:>10}  {result}",
             human::seconds(began.elapsed()),
             human::size(bytes - self.bytes),
             requests - self.requests,
-        );
+        ));
         (self.bytes, self.requests) = (bytes, requests);
     }
 }

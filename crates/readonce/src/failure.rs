@@ -13,7 +13,7 @@ pub type Outcome = Result<ExitCode, Failure>;
 pub struct Failure {
     /// Exit status.
     pub exit: u8,
-    /// What is told, without the program's name.
+    /// What is told, without the program's name; nothing where it is empty.
     pub text: String,
 }
 
@@ -33,9 +33,16 @@ impl Failure {
         Self::new(format!("{}\nTry 'readonce {command} --help' for more info", text.into()))
     }
 
+    /// An exit status without a word.
+    pub fn silent(exit: u8) -> Self {
+        Self::with_exit(exit, "")
+    }
+
     /// Tells it.
     pub fn tell(&self) -> ExitCode {
-        crate::report::tell(&self.text);
+        if !self.text.is_empty() {
+            crate::report::tell(&self.text);
+        }
         ExitCode::from(self.exit)
     }
 }

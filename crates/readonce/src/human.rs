@@ -36,6 +36,26 @@ pub fn seconds(time: Duration) -> String {
     format!("{:.1} s", time.as_secs_f64())
 }
 
+/// A time, seconds since 1970, at the clock on the wall here.
+pub fn local_time(seconds: u32) -> String {
+    let seconds = libc::time_t::from(seconds);
+    // SAFETY: all zeros is a valid `tm`, which has no pointer that is read.
+    let mut parts: libc::tm = unsafe { std::mem::zeroed() };
+    // SAFETY: both pointers are to values that live through the call.
+    if unsafe { libc::localtime_r(&raw const seconds, &raw mut parts) }.is_null() {
+        return seconds.to_string();
+    }
+    format!(
+        "{:04}-{:02}-{:02} {:02}:{:02}:{:02}",
+        i64::from(parts.tm_year) + 1900,
+        parts.tm_mon + 1,
+        parts.tm_mday,
+        parts.tm_hour,
+        parts.tm_min,
+        parts.tm_sec
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::size;

@@ -3,6 +3,7 @@
 use std::{fmt::Write as _, os::unix::fs::MetadataExt, process::ExitCode};
 
 use readonce_disk::chain::{Layer, TopOnly};
+use readonce_format::driver::{Detail, Snapshot};
 use readonce_origin::{Locator, Version};
 use readonce_storage::runtime::TokioRuntime;
 use serde_json::{Map, Value, json};
@@ -12,6 +13,7 @@ use crate::{
     human,
     json::text,
     look::{self, LookArgs, Output},
+    snapshot, stdout,
 };
 
 /// Tell about an image: sizes, backing file, pinned version
@@ -40,12 +42,12 @@ pub async fn run(args: Args) -> Outcome {
     let facts: Vec<Facts> = layers.iter().map(Facts::of).collect();
     match output {
         Output::Json if args.backing_chain => {
-            println!("{}", text(&Value::Array(facts.iter().map(Facts::json).collect())));
+            stdout::line(text(&Value::Array(facts.iter().map(Facts::json).collect())));
         }
-        Output::Json => println!("{}", text(&facts[0].json())),
+        Output::Json => stdout::line(text(&facts[0].json())),
         Output::Human => {
             let told: Vec<String> = facts.iter().map(Facts::human).collect();
-            print!("{}", told.join("\n"));
+            stdout::print(told.join("\n"));
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -101,6 +103,9 @@ impl<'a> Facts<'a> {
 
         let mut all = Map::new();
         all.insert("children".into(), json!([{"name": "file", "info": file}]));
+        if !description.snapshots.is_empty() {
+            all.insert("snapshots".into(), description.snapshots.iter().map(snapshot_json).collect());
+        }
         let backing = description.backing.as_ref();
         if let Some(format) = backing.and_then(|backing| backing.format.as_deref()) {
             all.insert("backing-filename-format".into(), format.into());
@@ -113,6 +118,10 @@ impl<'a> Facts<'a> {
         all.insert("format".into(), description.format.into());
         if let Some(bytes) = self.disk_bytes {
             all.insert("actual-size".into(), bytes.into());
+        }
+        if !description.details.is_empty() {
+            let data = group_json(&description.details);
+            all.insert("format-specific".into(), json!({"type": description.format, "data": data}));
         }
         if let (Some(full), Some(backing)) = (&self.full_backing, backing) {
             all.insert("full-backing-filename".into(), full.as_str().into());
@@ -145,11 +154,11 @@ impl<'a> Facts<'a> {
         let _ = writeln!(out, "file format: {}", description.format);
         let _ = writeln!(out, "virtual size: {}", bytes(description.virtual_size));
         let _ = writeln!(out, "disk size: {disk_size}");
-        if description.dirty {
-            let _ = writeln!(out, "cleanly shut down: no");
-        }
         if let Some(bytes) = description.cluster_size {
             let _ = writeln!(out, "cluster_size: {bytes}");
+        }
+        if description.dirty {
+            let _ = writeln!(out, "cleanly shut down: no");
         }
         if let (Some(full), Some(backing)) = (&self.full_backing, &description.backing) {
             let _ = write!(out, "backing file: {}", backing.name);
@@ -160,6 +169,11 @@ impl<'a> Facts<'a> {
             if let Some(format) = &backing.format {
                 let _ = writeln!(out, "backing file format: {format}");
             }
+        }
+        out += &snapshot::table(&description.snapshots.iter().collect::<Vec<_>>());
+        if !description.details.is_empty() {
+            out += "Format specific information:\n";
+            group_human(&mut out, 1, &description.details);
         }
         let _ = writeln!(out, "Child node '/file':");
         let _ = writeln!(out, "    filename: {}", self.name);
@@ -176,6 +190,61 @@ impl<'a> Facts<'a> {
             }
         }
         out
+    }
+}
+
+fn snapshot_json(snapshot: &Snapshot) -> Value {
+    let mut all = Map::new();
+    if let Some(icount) = snapshot.icount {
+        all.insert("icount".into(), icount.into());
+    }
+    all.insert("vm-clock-nsec".into(), (snapshot.vm_clock_nsec % 1_000_000_000).into());
+    all.insert("name".into(), snapshot.name.as_str().into());
+    all.insert("date-sec".into(), snapshot.date_sec.into());
+    all.insert("date-nsec".into(), snapshot.date_nsec.into());
+    all.insert("vm-clock-sec".into(), (snapshot.vm_clock_nsec / 1_000_000_000).into());
+    all.insert("id".into(), snapshot.id.as_str().into());
+    all.insert("vm-state-size".into(), snapshot.vm_state_size.into());
+    Value::Object(all)
+}
+
+fn group_json(group: &[(&'static str, Detail)]) -> Value {
+    Value::Object(group.iter().map(|(name, detail)| ((*name).to_owned(), detail_json(detail))).collect())
+}
+
+fn detail_json(detail: &Detail) -> Value {
+    match detail {
+        Detail::Text(text) => text.as_str().into(),
+        Detail::Flag(flag) => (*flag).into(),
+        Detail::Number(number) => (*number).into(),
+        Detail::List(list) => list.iter().map(detail_json).collect(),
+        Detail::Group(group) => group_json(group),
+    }
+}
+
+fn group_human(out: &mut String, depth: usize, group: &[(&'static str, Detail)]) {
+    for (name, detail) in group {
+        detail_human(out, depth, &name.replace('-', " "), detail);
+    }
+}
+
+/// One fact, and below it, further to the right, what it holds.
+fn detail_human(out: &mut String, depth: usize, name: &str, detail: &Detail) {
+    let _ = write!(out, "{:width$}{name}:", "", width = depth * 4);
+    let _ = match detail {
+        Detail::Text(text) => writeln!(out, " {text}"),
+        Detail::Flag(flag) => writeln!(out, " {flag}"),
+        Detail::Number(number) => writeln!(out, " {number}"),
+        Detail::List(_) | Detail::Group(_) => writeln!(out),
+    };
+    match detail {
+        Detail::List(list) => {
+            for (index, detail) in list.iter().enumerate() {
+                detail_human(out, depth + 1, &format!("[{index}]"), detail);
+            }
+        }
+        Detail::Group(group) => group_human(out, depth + 1, group),
+        Detail::Text(_) | Detail::Flag(_) | Detail::Number(_) => {}
     }
 }
 

@@ -5,11 +5,7 @@
 mod commands;
 mod words;
 
-use std::{
-    io::{BufRead, Write},
-    process::ExitCode,
-    time::Duration,
-};
+use std::{io::BufRead, process::ExitCode, time::Duration};
 
 use readonce_disk::chain::CopyOnRead;
 
@@ -18,7 +14,7 @@ use crate::{
     failure::{Failure, Outcome},
     io::commands::{Done, Machine},
     report::ToldArgs,
-    session,
+    session, stdout,
 };
 
 /// How long the end may take.
@@ -60,21 +56,13 @@ pub async fn run(mut args: Args) -> Outcome {
         .map_err(|failure| Failure::new(format!("can't open device {image}: {}", failure.text)))?;
     let machine = Machine { disk: chain.disk.clone() };
     let mut failed = false;
-    if args.commands.is_empty() {
-        let mut lines = std::io::stdin().lock().lines();
-        loop {
-            print!("readonce> ");
-            let _ = std::io::stdout().flush();
-            let Some(Ok(line)) = lines.next() else { break };
-            match machine.run(&line).await {
-                Done::Well => {}
-                Done::Badly => failed = true,
-                Done::Quit => break,
-            }
-        }
-    }
-    for command in &args.commands {
-        match machine.run(command).await {
+    let mut lines: Box<dyn Iterator<Item = String>> = match args.commands.is_empty() {
+        true => Box::new(typed()),
+        false => Box::new(args.commands.into_iter()),
+    };
+    // With nobody to tell it to, what is left is not done; the image is closed clean all the same.
+    while let Some(line) = lines.next().filter(|_| !stdout::is_gone()) {
+        match machine.run(&line).await {
             Done::Well => {}
             Done::Badly => failed = true,
             Done::Quit => break,
@@ -83,4 +71,14 @@ pub async fn run(mut args: Args) -> Outcome {
     drop(machine);
     chain.close(CLOSE_TIMEOUT).await.map_err(|error| Failure::new(format!("{image}: {error}")))?;
     Ok(ExitCode::from(u8::from(failed)))
+}
+
+/// Lines of standard input, each asked for.
+fn typed() -> impl Iterator<Item = String> {
+    let mut lines = std::io::stdin().lock().lines();
+    std::iter::from_fn(move || {
+        stdout::print("readonce> ");
+        stdout::flush();
+        lines.next()?.ok()
+    })
 }

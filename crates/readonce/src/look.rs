@@ -20,7 +20,7 @@ use crate::{
 /// Flags of the commands that only look.
 #[derive(Debug, Clone, clap::Args)]
 pub struct LookArgs {
-    /// Format of IMAGE (qed, raw); told from its first bytes where absent
+    /// Format of IMAGE (qed, qcow2, raw); told from its first bytes where absent
     #[arg(short = 'f', long = "format", value_name = "FMT")]
     pub format: Option<String>,
     /// Look without a lock, also while another process writes the image
@@ -95,6 +95,7 @@ pub fn told(error: OpenError) -> Failure {
 /// A format's error, in QEMU's words where it has them.
 pub fn in_qemu_words(cause: &str) -> String {
     match cause.strip_prefix("magic is ") {
+        Some(rest) if rest.contains("must be QFI") => "Image is not in qcow2 format".to_owned(),
         Some(_) => "Image not in QED format".to_owned(),
         None => cause.to_owned(),
     }

@@ -2,7 +2,7 @@
 //!
 //! - One module for each command: its flags, its sentences, its exit status.
 //! - Shared: `failure` (how a command ends badly), `options` (`-o`, sizes), `chain_args` (flags that open a chain), `look`
-//!   (opening one to look at it), `session` (opening one to use it), `human`, `json`, `report`, `progress`.
+//!   (opening one to look at it), `session` (opening one to use it), `human`, `json`, `stdout`, `report`, `progress`.
 //!
 //! Flags, sentences, JSON fields and exit codes are those of qemu-img, qemu-io and qemu-nbd where they have the thing. Not
 //! here: what the commands do, which is in the rooms below.
@@ -34,6 +34,8 @@ mod run;
 mod serve;
 mod session;
 mod signals;
+mod snapshot;
+mod stdout;
 
 use std::process::ExitCode;
 
@@ -67,6 +69,7 @@ enum Command {
     Amend(amend::Args),
     Rebase(rebase::Args),
     Resize(resize::Args),
+    Snapshot(snapshot::Args),
     Serve(serve::Args),
     Run(run::Args),
     Io(io::Args),
@@ -84,8 +87,8 @@ impl Command {
             Self::Demo(_) => report::start_log("error"),
             _ => report::start_log("warn"),
         }
-        if !matches!(self, Self::Serve(_) | Self::Run(_)) {
-            // As of every small tool: `readonce map IMAGE | head` ends in silence.
+        if !matches!(self, Self::Serve(_) | Self::Run(_) | Self::Io(_) | Self::Demo(_)) {
+            // As of every small tool: `readonce map IMAGE | head` ends in silence. The others have an image to close.
             // SAFETY: no other thread runs yet, and the default action is a valid disposition.
             unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
         }
@@ -100,6 +103,7 @@ impl Command {
             Self::Amend(args) => amend::run(args).await,
             Self::Rebase(args) => rebase::run(args).await,
             Self::Resize(args) => resize::run(args).await,
+            Self::Snapshot(args) => snapshot::run(args).await,
             Self::Serve(args) => serve::run(args).await,
             Self::Run(args) => run::run(args).await,
             Self::Io(args) => io::run(args).await,
@@ -118,7 +122,7 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return Failure::new(format!("cannot start: {error}")).tell(),
     };
-    let outcome = runtime.block_on(cli.command.run());
+    let outcome = stdout::end(runtime.block_on(cli.command.run()));
     // What still runs (a stalled request, a probe) has nothing to say to the person any more.
     runtime.shutdown_background();
     match outcome {

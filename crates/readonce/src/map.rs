@@ -15,7 +15,7 @@ use readonce_storage::runtime::TokioRuntime;
 use crate::{
     failure::{Failure, Outcome},
     look::{self, LookArgs, Output},
-    options,
+    options, stdout,
 };
 
 /// Tell where each range of an image lies
@@ -204,8 +204,10 @@ struct Printer {
 impl Printer {
     fn begin(&self) {
         match self.output {
-            Output::Human => println!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to"),
-            Output::Json => print!("["),
+            Output::Human => {
+                stdout::line(format_args!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to"))
+            }
+            Output::Json => stdout::print("["),
         }
     }
 
@@ -216,21 +218,21 @@ impl Printer {
             Output::Human => {
                 let name = map.layers[*depth].locator.printable();
                 let [start, len, offset] = [*start, *len, offset.unwrap_or(0)].map(hex);
-                println!("{start:<16}{len:<16}{offset:<16}{name}");
+                stdout::line(format_args!("{start:<16}{len:<16}{offset:<16}{name}"));
             }
             Output::Json => {
                 if self.printed {
-                    println!(",");
+                    stdout::line(",");
                 }
-                print!(
+                stdout::print(format_args!(
                     "{{ \"start\": {start}, \"length\": {len}, \"depth\": {depth}, \"present\": {present}, \"zero\": {zero}, \
                      \"data\": {}, \"compressed\": false",
                     present & !zero
-                );
+                ));
                 if let Some(offset) = offset {
-                    print!(", \"offset\": {offset}");
+                    stdout::print(format_args!(", \"offset\": {offset}"));
                 }
-                print!("}}");
+                stdout::print("}");
                 self.printed = true;
             }
         }
@@ -238,7 +240,7 @@ impl Printer {
 
     fn end(&self) {
         if self.output == Output::Json {
-            println!("]");
+            stdout::line("]");
         }
     }
 }

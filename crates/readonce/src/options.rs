@@ -17,7 +17,11 @@ pub fn pairs<'a>(lists: impl IntoIterator<Item = &'a str>) -> Vec<Pair> {
         for option in split(list) {
             pairs.push(match option.split_once('=') {
                 Some((name, value)) => (name.to_owned(), Some(value.to_owned())),
-                None => (option, None),
+                // As in QEMU: `nolazy_refcounts`.
+                None => match option.strip_prefix("no") {
+                    Some(name) if !name.is_empty() => (name.to_owned(), Some("off".to_owned())),
+                    _ => (option, None),
+                },
             });
         }
     }
@@ -118,6 +122,15 @@ pub fn parameter_size(name: &str, text: &str) -> Result<u64, Failure> {
     })
 }
 
+/// A number given for the parameter `name`, refused in QEMU's words.
+pub fn parameter_number(name: &str, text: &str) -> Result<u64, Failure> {
+    let number = match text.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => text.parse(),
+    };
+    number.map_err(|_| Failure::new(format!("Parameter '{name}' expects a number")))
+}
+
 /// A size of an image, refused in QEMU's words.
 pub fn image_size(text: &str) -> Result<u64, Failure> {
     match size(text) {
@@ -127,11 +140,11 @@ pub fn image_size(text: &str) -> Result<u64, Failure> {
     }
 }
 
-/// `on` or `off`; a bare option means on.
+/// `on` or `off`, or another word that QEMU takes for them; a bare option means on.
 pub fn switch(name: &str, value: Option<&str>) -> Result<bool, Failure> {
     match value {
-        None | Some("on") => Ok(true),
-        Some("off") => Ok(false),
+        None | Some("on" | "yes" | "true" | "y") => Ok(true),
+        Some("off" | "no" | "false" | "n") => Ok(false),
         Some(_) => Err(Failure::new(format!("Parameter '{name}' expects 'on' or 'off'"))),
     }
 }
@@ -163,6 +176,7 @@ mod tests {
             pairs(["a=1,b,,c=x,,y", "copy_on_read"]),
             [("a".into(), some("1")), ("b,c".into(), some("x,y")), ("copy_on_read".into(), None)]
         );
+        assert_eq!(pairs(["nocopy_on_read,no"]), [("copy_on_read".into(), some("off")), ("no".into(), None)]);
         assert_eq!(pairs([""]), []);
     }
 

@@ -6,7 +6,7 @@ use readonce_format::driver::HeaderChange;
 
 use crate::{
     failure::{Failure, Outcome},
-    look, options,
+    look, options, stdout,
 };
 
 /// Make an image larger
@@ -16,7 +16,7 @@ use crate::{
     after_help = "SIZE is in bytes, suffixes k, M, G, T, P, E; +SIZE is added to the size now. Images cannot be made smaller."
 )]
 pub struct Args {
-    /// Format of IMAGE (qed, raw); told from its first bytes where absent, but never guessed to be raw
+    /// Format of IMAGE (qed, qcow2, raw); told from its first bytes where absent, but never guessed to be raw
     #[arg(short = 'f', long = "format", value_name = "FMT")]
     format: Option<String>,
     /// Print errors only
@@ -51,7 +51,7 @@ pub async fn run(args: Args) -> Outcome {
         .await
         .map_err(|error| Failure::new(error.to_string()))?;
     if !args.quiet {
-        println!("Image resized.");
+        stdout::line("Image resized.");
     }
     Ok(ExitCode::SUCCESS)
 }

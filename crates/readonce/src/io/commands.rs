@@ -9,7 +9,7 @@ use bytes::Bytes;
 use readonce_disk::{BlockDevice, DeviceError, Disk, ZeroMode};
 
 use super::words::{Refused, SPECS, Words};
-use crate::report;
+use crate::{report, stdout};
 
 /// Bytes of one request to the disk; larger ones are parted, to bound memory.
 const PIECE_BYTES_MAX: u64 = 32 << 20;
@@ -53,7 +53,7 @@ impl Machine {
                 "discard" => self.discard(&words).await,
                 "flush" => Ok(self.told(self.disk.flush().await, "flush")),
                 "length" => {
-                    println!("{}", amount(self.disk.size()));
+                    stdout::line(amount(self.disk.size()));
                     Ok(Done::Well)
                 }
                 "alloc" => self.alloc(&words).await,
@@ -69,7 +69,7 @@ impl Machine {
                 },
                 "help" => {
                     for spec in SPECS {
-                        println!("{}", spec.usage());
+                        stdout::line(spec.usage());
                     }
                     Ok(Done::Well)
                 }
@@ -81,7 +81,7 @@ impl Machine {
         match ran {
             Ok(done) => done,
             Err(Refused::Out(text)) => {
-                println!("{text}");
+                stdout::line(text);
                 Done::Badly
             }
             Err(Refused::Err(text)) => {
@@ -90,7 +90,7 @@ impl Machine {
             }
             Err(Refused::Both { err, out }) => {
                 eprintln!("{err}");
-                println!("{out}");
+                stdout::line(out);
                 Done::Badly
             }
         }
@@ -104,7 +104,7 @@ impl Machine {
             DeviceError::ReadOnly => "Operation not permitted",
             DeviceError::NotFast => "Operation not supported",
         };
-        println!("{what} failed: {errno}");
+        stdout::line(format_args!("{what} failed: {errno}"));
         report::tell(error);
         Done::Badly
     }
@@ -113,7 +113,7 @@ impl Machine {
     fn inside(&self, offset: u64, len: u64, what: &str) -> bool {
         let inside = offset.checked_add(len).is_some_and(|end| end <= self.disk.size());
         if !inside {
-            println!("{what} failed: Input/output error");
+            stdout::line(format_args!("{what} failed: Input/output error"));
         }
         inside
     }
@@ -159,10 +159,13 @@ impl Machine {
         }
         let time = began.elapsed();
         if differs {
-            println!("Pattern verification failed at offset {}, {check_len} bytes", offset + skip);
+            stdout::line(format_args!(
+                "Pattern verification failed at offset {}, {check_len} bytes",
+                offset + skip
+            ));
         }
         if !words.has('q') {
-            print!("{dump}");
+            stdout::print(dump);
             print_report("read", words, offset, len, time);
         }
         Ok(if differs { Done::Badly } else { Done::Well })
@@ -259,7 +262,7 @@ impl Machine {
         match self.runs(offset, len).await {
             Ok(runs) => {
                 let held: u64 = runs.iter().filter(|(_, top)| *top).map(|(len, _)| len).sum();
-                println!("{held}/{len} bytes allocated at offset {}", amount(offset));
+                stdout::line(format_args!("{held}/{len} bytes allocated at offset {}", amount(offset)));
                 Ok(Done::Well)
             }
             Err(error) => Ok(self.told(Err(error), "alloc")),
@@ -274,7 +277,11 @@ impl Machine {
         let mut at = 0;
         for (len, top) in runs {
             let state = if top { "    allocated" } else { "not allocated" };
-            println!("{} ({len:#x}) bytes {state} at offset {} ({at:#x})", amount(len), amount(at));
+            stdout::line(format_args!(
+                "{} ({len:#x}) bytes {state} at offset {} ({at:#x})",
+                amount(len),
+                amount(at)
+            ));
             at += len;
         }
         Ok(Done::Well)
@@ -305,7 +312,9 @@ fn print_report(what: &str, words: &Words, offset: u64, len: u64, time: Duration
     let (whole, hundredths) = (time.as_secs(), time.subsec_millis() / 10);
     if words.has('C') {
         let (hours, minutes, rest) = (whole / 3600, whole / 60 % 60, whole % 60);
-        println!("{len},1,{hours}:{minutes:02}:{rest:02}.{hundredths:02},{bytes_rate:.3},{ops_rate:.3}");
+        stdout::line(format_args!(
+            "{len},1,{hours}:{minutes:02}:{rest:02}.{hundredths:02},{bytes_rate:.3},{ops_rate:.3}"
+        ));
         return;
     }
     let time = match whole {
@@ -313,8 +322,12 @@ fn print_report(what: &str, words: &Words, offset: u64, len: u64, time: Duration
         60..3600 => format!("{:02}:{:02}.{hundredths:02}", whole / 60, whole % 60),
         _ => format!("{}:{:02}:{:02}.{hundredths:02}", whole / 3600, whole / 60 % 60, whole % 60),
     };
-    println!("{what} {len}/{len} bytes at offset {offset}");
-    println!("{}, 1 ops; {time} ({}/sec and {ops_rate:.4} ops/sec)", amount(len), scaled(bytes_rate));
+    stdout::line(format_args!("{what} {len}/{len} bytes at offset {offset}"));
+    stdout::line(format_args!(
+        "{}, 1 ops; {time} ({}/sec and {ops_rate:.4} ops/sec)",
+        amount(len),
+        scaled(bytes_rate)
+    ));
 }
 
 fn dump_bytes(out: &mut String, offset: u64, data: &[u8]) {
