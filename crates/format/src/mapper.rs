@@ -123,6 +123,13 @@ pub trait Mapper: Send + Sync + 'static {
 
     /// The extent at `offset`, reading tables where needed.
     fn lookup(&self, offset: u64, len_max: u64) -> BoxFuture<'_, Result<Extent, FormatError>>;
+
+    /// The room in the data's file that units from `offset` on have, though they may be absent or read as zeros: the byte
+    /// offset (`None` without room), and for how many bytes that is so, at least 1 and at most `len_max`. For those who tell
+    /// a person; nobody may write there.
+    fn room(&self, _offset: u64, len_max: u64) -> BoxFuture<'_, Result<(Option<u64>, u64), FormatError>> {
+        Box::pin(std::future::ready(Ok((None, len_max))))
+    }
 }
 
 /// Changes the map of an image that is open for writing.

@@ -30,4 +30,8 @@ impl Mapper for Reader {
     fn lookup(&self, offset: u64, len_max: u64) -> BoxFuture<'_, Result<Extent, FormatError>> {
         Box::pin(self.tables.extent(offset, len_max))
     }
+
+    fn room(&self, offset: u64, len_max: u64) -> BoxFuture<'_, Result<(Option<u64>, u64), FormatError>> {
+        Box::pin(self.tables.room(offset, len_max))
+    }
 }

@@ -20,7 +20,7 @@ use parking_lot::Mutex;
 use readonce_storage::{ReadAt, Storage};
 
 use super::{
-    entry::{COPIED, OFFSET_MASK, Rules},
+    entry::{COPIED, OFFSET_MASK, Place, Rules},
     header::Header,
     known::Known,
     l1::{L1, L1Entry},
@@ -188,6 +188,35 @@ impl Tables {
             writing.file.set_len(self.partial.end).await?;
         }
         Ok(self.cut(extent).unwrap_or(extent))
+    }
+
+    /// The room that clusters from `offset` on have, whatever their units show, and for how many bytes.
+    pub(super) async fn room(&self, offset: u64, len_max: u64) -> Result<(Option<u64>, u64), FormatError> {
+        let len_max = self.clamp(offset, len_max)?;
+        let layout = &self.rules.layout;
+        if let L1Entry::Absent = self.l1.entry(layout.l1_index(offset)).await? {
+            return Ok((None, self.without_table(offset, len_max).len));
+        }
+        let cluster_size = layout.cluster_size();
+        let slice = self.load(offset >> self.slice_span_bits).await?;
+        let (in_cluster, first) = (offset % cluster_size, offset / cluster_size % layout.slice_entries());
+        let room = |at: u64| -> Result<Option<u64>, FormatError> {
+            Ok(match slice.entry(at, &self.rules)?.place {
+                Place::Own(place) | Place::Shared(place) => Some(place),
+                Place::None | Place::Compressed(_) => None,
+            })
+        };
+        let place = room(first)?;
+        let mut len = cluster_size - in_cluster;
+        for at in first + 1..layout.slice_entries() {
+            let goes_on =
+                room(at).is_ok_and(|next| next == place.map(|place| place + (at - first) * cluster_size));
+            if len >= len_max || !goes_on {
+                break;
+            }
+            len += cluster_size;
+        }
+        Ok((place.map(|place| place + in_cluster), len.min(len_max)))
     }
 
     /// Whether the extent's bytes lie, in part, where the file ended in the middle of a cluster.
