@@ -3,7 +3,7 @@
 //! - `mapper`: the traits [`Mapper`] and [`WritableMapper`], and what they speak in.
 //! - `codec`: compressed clusters.
 //! - `driver`: the trait [`Driver`] of a format as a whole, and the list of formats.
-//! - `cache`, `clusters`, `rounds`: parts that formats with clusters and tables share. `options`: values of `-o` options.
+//! - `cache`, `clusters`, `reclaim`, `rounds`: parts that formats with clusters and tables share. `options`: values of `-o` options.
 //! - One folder for each format.
 //!
 //! A driver does metadata I/O only, through the byte traits of `readonce-storage`. It moves no guest data, knows
@@ -23,6 +23,7 @@ mod options;
 pub mod qcow2;
 pub mod qed;
 pub mod raw;
+mod reclaim;
 mod rounds;
 
 pub use driver::Driver;

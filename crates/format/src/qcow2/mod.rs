@@ -4,7 +4,7 @@
 //! - `entry`, `slice`, `l1`, `tables`: the tables in memory; `reader`: an image open for reading.
 //! - `writer`: an image open for writing; `commit`: how an entry changes, `links`: what is linked in memory and not yet on disk,
 //!   `space` and `refs`: clusters and their refcounts, `flush`: how it all gets to the disk, `mark`: the header meanwhile,
-//!   `known`: what is no place for data.
+//!   `known`: what is no place for data, `reclaim`: what a crash left.
 //! - `refcount`, `snapshots`: refcounts and snapshots as the file stores them; `scan`, `check`: what refers to clusters, and
 //!   whether the refcounts say the same; `repair` with `mend`, `recount` and `flags`: making it right; `snapshot`: internal
 //!   snapshots made, applied and deleted.
@@ -30,6 +30,7 @@ mod links;
 mod mark;
 mod mend;
 mod reader;
+mod reclaim;
 mod record;
 mod recount;
 mod refcount;

@@ -136,12 +136,17 @@ impl Space {
             }
             released.pop();
             for cluster in last.clusters(self.cluster_size) {
+                if table {
+                    self.tables.known().gone(cluster..cluster + self.cluster_size);
+                }
                 self.lower_released(cluster, table).await?;
             }
         }
         Ok(())
     }
 
+    /// Lowers a refcount. A cluster that becomes free is handed out again at once (`table`: nobody reads there), or when that is
+    /// said.
     async fn lower_released(&self, cluster: u64, table: bool) -> Result<(), FormatError> {
         // Before the scan can see that it is free.
         self.state.lock().unlinked.insert(cluster);
@@ -149,25 +154,19 @@ impl Space {
         let mut state = self.state.lock();
         match left {
             Ok(Some(0)) if table => {
-                state.unlinked.remove(&cluster);
                 drop(state);
-                self.tables.known().gone(cluster..cluster + self.cluster_size);
                 self.reuse(cluster);
+                return Ok(());
             }
-            Ok(Some(0)) => state.fresh_unlinked.push(cluster),
-            Ok(Some(_)) => {
-                state.unlinked.remove(&cluster);
+            Ok(Some(0)) => {
+                state.fresh_unlinked.push(cluster);
+                return Ok(());
             }
-            Ok(None) => {
-                state.unlinked.remove(&cluster);
-                tracing::warn!(cluster, "a cluster that was in use had a refcount of 0");
-            }
-            Err(error) => {
-                state.unlinked.remove(&cluster);
-                return Err(error);
-            }
+            Ok(Some(_)) | Err(_) => {}
+            Ok(None) => tracing::warn!(cluster, "a cluster that was in use had a refcount of 0"),
         }
-        Ok(())
+        state.unlinked.remove(&cluster);
+        left.map(drop)
     }
 
     /// The cluster is free and nobody reads there.
@@ -186,16 +185,22 @@ impl Space {
     pub(super) async fn release_table(&self, range: Range<u64>) -> Result<(), FormatError> {
         self.tables.known().gone(range.clone());
         for cluster in range.step_by(crate::number::index(self.cluster_size)) {
-            if self.refs.lower(cluster).await? == Some(0) {
-                self.reuse(cluster);
-            }
+            self.lower_released(cluster, true).await?;
         }
         Ok(())
     }
 
-    /// A cluster below the old end turned out to be free.
-    pub(super) fn reclaimed(&self, cluster: u64) {
-        self.reuse(cluster);
+    /// Nothing referred to the cluster when the image was opened: if it is counted all the same, and nothing changed that
+    /// since, it is free. Its refcount is in memory, or it stays what it is.
+    pub(super) fn reclaim(&self, cluster: u64) -> bool {
+        let state = self.state.lock();
+        if self.refs.lower_to(cluster, 0) != Some(0) {
+            return false;
+        }
+        if cluster < state.cursor {
+            self.clusters.free(cluster, self.cluster_size);
+        }
+        true
     }
 
     /// Clusters that became free and were not handed out yet.
@@ -227,9 +232,18 @@ impl Space {
         }));
     }
 
+    /// Looks at all refcounts for free clusters.
+    pub(super) async fn scan_all(&self) -> Result<(), FormatError> {
+        while self.state.lock().cursor < self.open_end {
+            self.scan_step().await?;
+            tokio::task::yield_now().await;
+        }
+        Ok(())
+    }
+
     /// Looks at the next refcounts for free clusters.
     async fn scan_step(&self) -> Result<(), FormatError> {
-        let Ok(_one_at_a_time) = self.scanning.try_lock() else { return Ok(()) };
+        let _one_at_a_time = self.scanning.lock().await;
         for _ in 0..SCAN_PIECES {
             let cursor = self.state.lock().cursor;
             if cursor >= self.open_end {

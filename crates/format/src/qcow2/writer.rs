@@ -24,6 +24,7 @@ use super::{
     links::{Joined, Links, Span},
     mark::{Closing, Mark, Ticket},
     refs::{Found, Refs},
+    repair,
     slice::raw_entries,
     snapshots,
     space::{Space, Taken},
@@ -35,6 +36,7 @@ use crate::{
     clusters::{Clusters, Fit},
     mapper::ReservationHolder,
     number::{index, round_up},
+    reclaim::Reclaim,
     rounds::Rounds,
 };
 
@@ -52,10 +54,12 @@ pub(super) struct Core {
     data: Option<Arc<dyn Storage>>,
     pub(super) tables: Arc<Tables>,
     pub(super) space: Arc<Space>,
+    pub(super) reclaim: Reclaim,
     mark: Arc<Mark>,
     flusher: Flusher,
     abilities: Abilities,
     table_locks: [tokio::sync::Mutex<()>; TABLE_LOCKS],
+    rt: Rt,
 }
 
 impl Writer {
@@ -64,11 +68,16 @@ impl Writer {
         data: Option<Arc<dyn Storage>>,
         rt: Rt,
     ) -> Result<Self, FormatError> {
-        let header = Header::read(file.as_ref()).await?;
+        let mut header = Header::read(file.as_ref()).await?;
         if header.corrupt() {
             return Err(FormatError::Unsupported(
                 "qcow2: Image is corrupt; cannot be opened read/write".into(),
             ));
+        }
+        if header.dirty() {
+            // Refcounts are too low, perhaps: nothing may be handed out before they are right.
+            repair::rebuild_refcounts(&file).await?;
+            header = Header::read(file.as_ref()).await?;
         }
         let layout = header.layout;
         if layout.external_data && data.is_none() {
@@ -96,7 +105,8 @@ impl Writer {
         let can_zero = (layout.version >= 3 || header.backing.is_none()) && !raw_data;
         let clusters = Arc::new(Clusters::new(file.clone(), cluster_size, open_end));
         let refs = Arc::new(Refs::new(file.clone(), found, clusters.clone()));
-        let space = Arc::new(Space::new(clusters, refs, tables.clone(), rt, open_end));
+        let space = Arc::new(Space::new(clusters, refs, tables.clone(), rt.clone(), open_end));
+        let reclaim = Reclaim::new(header.record.in_use, open_end);
         let mark = Arc::new(Mark::new(file.clone(), header));
         let flusher = Flusher {
             file: file.clone(),
@@ -113,10 +123,12 @@ impl Writer {
             data: data.filter(|_| layout.external_data),
             tables,
             space,
+            reclaim,
             mark,
             flusher,
             abilities: Abilities { zero: can_zero, unlink: can_zero },
             table_locks: [const { tokio::sync::Mutex::const_new(()) }; TABLE_LOCKS],
+            rt,
         };
         Ok(Self { core: Arc::new(core) })
     }
@@ -388,6 +400,10 @@ impl Core {
             return Ok(());
         }
         self.flusher.settle_refcounts().await?;
+        if self.reclaim.is_due() {
+            // What the mark stands for is still there.
+            return Ok(());
+        }
         closing.clear().await
     }
 }
@@ -519,12 +535,19 @@ impl WritableMapper for Writer {
 
     fn close(&self) -> BoxFuture<'_, Result<(), FormatError>> {
         Box::pin(async move {
+            self.core.reclaim.stop().await;
             self.core.space.scan_ended().await;
             self.core.clean().await
         })
     }
 
     fn reclaim(&self) -> BoxFuture<'_, Result<(), FormatError>> {
-        Box::pin(async move { Ok(()) })
+        Box::pin(async move {
+            if self.core.reclaim.begin() {
+                let core = self.core.clone();
+                self.core.rt.spawn(Box::pin(async move { super::reclaim::run(&core).await }));
+            }
+            Ok(())
+        })
     }
 }

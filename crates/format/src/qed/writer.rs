@@ -19,7 +19,6 @@ use super::{
     layout::{SLICE_BYTES, SLICE_ENTRIES},
     links::Links,
     mark::{Closing, Mark, Ticket},
-    reclaim::Reclaim,
     repair,
     slice::Entry,
     tables::{Pin, Tables},
@@ -30,6 +29,7 @@ use crate::{
     clusters::{Clusters, Fit, Run},
     mapper::ReservationHolder,
     number::index,
+    reclaim::Reclaim,
     rounds::Rounds,
 };
 

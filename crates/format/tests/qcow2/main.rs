@@ -3,8 +3,10 @@
 
 mod change;
 mod check;
+mod crash;
 mod create;
 mod damage;
+mod faults;
 mod guest;
 mod hostile;
 mod oracle;

@@ -1,0 +1,229 @@
+//! Power loss: after every operation, and at every I/O.
+
+use std::sync::Arc;
+
+use readonce_format::{Durability, FormatError, Mapping, Room};
+use readonce_storage::{
+    ReadAt, SimFile,
+    sim::{Fault, Lasts},
+};
+
+use crate::{
+    guest::{
+        DataIn, Files, Guest, Model, SMALL, Shape, UNITS, block_on, check, qcow2, random_op, read_all, rng,
+        wrong,
+    },
+    qemu::Folder,
+};
+
+/// The image after a power loss: nothing broken, every sector as it may be, and usable.
+async fn survives(crashed: Files, model: &Model, context: &str) {
+    let lazy = model.shape.lazy;
+    // A check does not look past the end of the file, where refcounts may be that a crash left.
+    let mut longer = crashed.image.contents();
+    longer.resize(longer.len() + (1 << 20), 0);
+    let report = check(&Arc::new(SimFile::from_bytes(&longer))).await;
+    // With lazy refcounts a crash leaves refcounts that are too low, and a bit that says so.
+    assert!(lazy || report.corruptions == 0, "{report:?} {context}");
+    assert_eq!(report.check_errors, 0, "{context}");
+    let mapper = qcow2().open(crashed.image.clone()).await.unwrap();
+    let found = read_all(mapper.as_ref(), &crashed, &model.shape).await.unwrap();
+    for (sector, (found, allowed)) in found.iter().zip(&model.allowed).enumerate() {
+        assert!(allowed.contains(found), "sector {sector} is {found:#x}, may be {allowed:x?}; {context}");
+    }
+
+    // The mark goes only when nothing is lost.
+    let reader: Arc<dyn ReadAt> = crashed.image.clone();
+    let in_use = qcow2().describe(&reader).await.unwrap().dirty;
+
+    let mut model = model.clone();
+    model.settle(&found);
+    let mut guest = Guest::open(crashed.clone(), model).await.unwrap();
+    guest.next_tag = 0x0100_0000;
+    guest.mapper.reclaim().await.unwrap();
+    guest.write(3, 30).await.unwrap();
+    guest.fill(20, 40).await.unwrap();
+    guest.check_reads().await;
+    for _ in 0..1000 {
+        // Long enough for the scan, but for those that end early.
+        tokio::task::yield_now().await;
+    }
+    guest.fill(100, 10).await.unwrap();
+    guest.mapper.close().await.unwrap();
+    let (broken, leaks) = wrong(&crashed.image).await;
+    assert_eq!(broken, 0, "{context}");
+    let leaks_before_use = if in_use { 0 } else { report.leaks };
+    assert!(leaks <= leaks_before_use, "{leaks} leaks after a clean close; {context}");
+    let again = Guest::open(crashed, guest.model.clone()).await.unwrap();
+    again.check_reads().await;
+}
+
+fn run(seed: u64, shape: Shape) {
+    let folder = Folder::new(shape);
+    block_on(async {
+        let mut rng = rng(seed);
+        let mut guest = Guest::new(&shape).await;
+        for step in 0..60 {
+            let op = random_op(&mut rng, &shape);
+            guest.run(&op).await.unwrap();
+            if step % 4 == 0 {
+                let crashed = guest.files.crash(seed * 1000 + step);
+                let context = format!("{shape:?} seed {seed} step {step} after {op:?}");
+                if step % 20 == 0 && !shape.lazy {
+                    folder.save(&crashed);
+                    folder.is_whole(&context);
+                }
+                survives(crashed, &guest.model, &context).await;
+            }
+        }
+        guest.check_reads().await;
+        guest.mapper.close().await.unwrap();
+        guest.model.flushed();
+        assert_eq!(wrong(&guest.files.image).await, (0, 0), "seed {seed}");
+        survives(guest.files.crash(seed), &guest.model, &format!("seed {seed} closed")).await;
+    });
+}
+
+/// Small clusters: the refcount table of one cluster must grow, blocks are made all the time.
+const TINY: Shape = Shape { cluster_bits: 9, refcount_bits: 64, size: (1 << 20) + 1536, ..SMALL };
+
+fn shapes() -> [Shape; 7] {
+    [
+        SMALL,
+        UNITS,
+        TINY,
+        Shape { version: 2, backing: false, ..SMALL },
+        Shape { lazy: true, backing: false, ..SMALL },
+        Shape { data: DataIn::File, ..SMALL },
+        Shape { refcount_bits: 1, ..UNITS },
+    ]
+}
+
+#[test]
+fn power_loss_after_any_operation() {
+    for shape in shapes() {
+        for seed in 0..5 {
+            run(seed, shape);
+        }
+    }
+}
+
+#[test]
+fn power_loss_at_any_io() {
+    for (seed, shape) in (0..).zip([SMALL, UNITS, TINY, Shape { lazy: true, ..SMALL }]) {
+        // The n-th I/O and all after it fail, then the power goes.
+        for n in 1.. {
+            let more = block_on(async {
+                let mut rng = rng(seed);
+                let mut guest = Guest::new(&shape).await;
+                guest.files.image.fail_nth(n, Fault::Eio, Lasts::ForGood);
+                let mut failed = false;
+                for _ in 0..40 {
+                    let op = random_op(&mut rng, &shape);
+                    if guest.run(&op).await.is_err() {
+                        failed = true;
+                        break;
+                    }
+                }
+                if !failed {
+                    failed = guest.mapper.close().await.is_err();
+                }
+                survives(guest.files.crash(n), &guest.model, &format!("seed {seed} n {n}")).await;
+                failed || guest.files.image.fault_hits() > 0
+            });
+            if !more {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn power_loss_while_the_refcount_table_grows() {
+    for n in 1.. {
+        let more = block_on(async {
+            let shape = Shape { size: 24 << 20, ..TINY };
+            let mut guest = Guest::new(&shape).await;
+            // 64 refcounts a block, 64 blocks a table of one cluster: 2 MiB of file.
+            guest.fill(0, 3500).await.unwrap();
+            guest.flush().await.unwrap();
+            guest.files.image.fail_nth(n, Fault::Eio, Lasts::ForGood);
+            let grown: Result<(), FormatError> = async {
+                guest.fill(3500, 1500).await?;
+                guest.flush().await?;
+                guest.mapper.close().await
+            }
+            .await;
+            if n % 7 == 0 || grown.is_ok() {
+                survives(guest.files.crash(n), &guest.model, &format!("n {n}")).await;
+            }
+            grown.is_err()
+        });
+        if !more {
+            break;
+        }
+    }
+}
+
+#[test]
+fn what_a_crash_left_is_used_again() {
+    for shape in [SMALL, UNITS, TINY] {
+        block_on(async {
+            let mut guest = Guest::new(&shape).await;
+            guest.fill(0, 4).await.unwrap();
+            guest.flush().await.unwrap();
+            guest.fill(8, 300).await.unwrap();
+            guest.mapper.flush(Durability::Linked).await.unwrap();
+            // The refcounts are there, the links are not.
+            let crashed = Files { image: Arc::new(guest.files.image.crash_with(|_| false)), data: None };
+            let (broken, leaks) = wrong(&crashed.image).await;
+            assert!(broken == 0 && leaks >= 8, "{leaks}");
+            let mut model = guest.model.clone();
+            model.flushed();
+            let guest = Guest::open(crashed.clone(), model).await.unwrap();
+            let len = crashed.image.len();
+            guest.mapper.reclaim().await.unwrap();
+            let mut rounds = 0;
+            while wrong(&crashed.image).await != (0, 0) {
+                tokio::task::yield_now().await;
+                guest.mapper.settle().await.unwrap();
+                rounds += 1;
+                assert!(rounds < 10_000, "{shape:?}: {:?}", wrong(&crashed.image).await);
+            }
+            for _ in 0..2000 {
+                // The holes are looked for after that.
+                tokio::task::yield_now().await;
+            }
+            guest.check_reads().await;
+            // What was freed is taken before the file grows.
+            let room = guest.mapper.prepare(20 * shape.unit(), shape.unit(), Room::Data).await.unwrap();
+            assert!(room.at.unwrap() < len, "{shape:?}");
+            drop(room);
+            guest.mapper.close().await.unwrap();
+            assert_eq!(wrong(&crashed.image).await, (0, 0));
+        });
+    }
+}
+
+#[test]
+fn a_cluster_is_used_again_only_after_its_unlinking_is_on_the_disk() {
+    block_on(async {
+        let mut guest = Guest::new(&SMALL).await;
+        guest.write(0, 8).await.unwrap();
+        guest.flush().await.unwrap();
+        let before = guest.mapping(0).await.unwrap();
+        guest.zero_clusters(0, 1).await.unwrap();
+        assert!(guest.mapper.take_unlinked().is_none(), "the disk still shows it");
+        guest.mapper.flush(Durability::Linked).await.unwrap();
+        assert!(guest.mapper.take_unlinked().is_none(), "it is written, not synced");
+        guest.flush().await.unwrap();
+        let unlinked = guest.mapper.take_unlinked().expect("the disk does not show it any more");
+        assert!(guest.mapper.take_unlinked().is_none(), "it is handed out once");
+        let room = guest.mapper.prepare(4096, 4096, Room::Data).await.unwrap();
+        assert_ne!(Some(before), room.at.map(Mapping::Data), "somebody may still read there");
+        drop(room);
+        unlinked.reuse();
+        let room = guest.mapper.prepare(8192, 4096, Room::Data).await.unwrap();
+        assert_eq!(Some(before), room.at.map(Mapping::Data));
+    });
+}
