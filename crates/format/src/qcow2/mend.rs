@@ -4,7 +4,7 @@
 //!   cluster that it then names; else the entry names nothing, as one does that points past the end of the file: the backing
 //!   shows through there (zeros stay zeros).
 //! - Data that lies on a table, and data that is referred to more often than the widest refcount can say, is copied to the
-//!   end of the file. Copies may at most double the file; what is left beyond that stays.
+//!   end of the file. Copies may at most double the file (or take 1 MiB); what is left beyond that stays.
 //! - Snapshots whose L1 table cannot be there are dropped. Bitmaps that are broken are marked stale.
 //! - L1 entries are mended before L2 entries are looked at: what a wrong L1 entry names is no table, and is not written.
 //! - Every change is one sector, after a sync of what it names: power loss leaves some entries mended.
@@ -22,15 +22,17 @@ use super::{
     header::{AUTOCLEAR_BITMAPS, Header},
     layout::{Layout, SECTOR_BYTES},
     recount::end_of_file,
-    scan::{Cluster, Entry, Finding, Nobody, Observer, Scanned, Wrong, references},
+    scan::{Cluster, Entry, Finding, Nobody, Observer, Scanned, Wrong, read_padded, references},
     snapshots::Table,
 };
-use crate::{FormatError, number::index};
+use crate::FormatError;
 
 /// Findings that are kept in memory at once; more take another scan.
 const BATCH_MAX: usize = 1 << 16;
 /// Scans of one repair. More than this many batches are left to the next one.
 const ROUNDS_MAX: usize = 100;
+/// Bytes that copies may take in any case.
+const COPIES_BYTES_MIN: u64 = 1 << 20;
 /// Bytes that are copied between two syncs, but for one cluster that is larger.
 const COPY_BYTES_MAX: u64 = 64 << 20;
 
@@ -39,7 +41,7 @@ const COPY_BYTES_MAX: u64 = 64 << 20;
 /// # Errors
 /// `Corrupt` where the snapshot table cannot be read.
 pub(super) async fn mend(file: &Arc<dyn Storage>, header: &mut Header) -> Result<Scanned, FormatError> {
-    let mut copies_left = end_of_file(file, header.layout.cluster_size());
+    let mut copies_left = file.len().max(COPIES_BYTES_MIN);
     for _ in 0..ROUNDS_MAX {
         let mut found = Found::default();
         let scanned = references(file.as_ref(), header, &mut found).await?;
@@ -183,8 +185,7 @@ async fn copy(
             let room = len.next_multiple_of(cluster_size);
             let Some(left) = copies_left.checked_sub(room) else { continue };
             *copies_left = left;
-            let there = file.len().saturating_sub(copy.from).min(len);
-            let data = file.read(copy.from, index(there)).await?;
+            let data = read_padded(file.as_ref(), copy.from, len).await?;
             file.write(to, data).await?;
             moved.push((*copy, to));
             to += room;

@@ -329,16 +329,22 @@ fn crashes(damaged: &Bytes, context: &str, seeds: u64) {
 #[derive(PartialEq)]
 pub struct Guest(Vec<Vec<(u64, Vec<u8>)>>);
 
+/// Byte offset and entries of the active L1 table and of the snapshots' L1 tables.
+pub fn l1_tables(bytes: &Bytes) -> Vec<(u64, u64)> {
+    let mut tables = vec![(bytes.l1(), bytes.u32(36))];
+    let mut at = bytes.snapshots();
+    for _ in 0..bytes.u32(60) {
+        tables.push((bytes.u64(at), bytes.u32(at + 8)));
+        let names = (bytes.u32(at + 12) >> 16) + (bytes.u32(at + 12) & 0xffff);
+        at += (40 + bytes.u32(at + 36) + names).next_multiple_of(8);
+    }
+    tables
+}
+
 impl Guest {
     pub fn of(contents: &[u8]) -> Self {
         let bytes = Bytes(contents.to_vec());
-        let mut tables = vec![(bytes.l1(), bytes.u32(36))];
-        let mut at = bytes.snapshots();
-        for _ in 0..bytes.u32(60) {
-            tables.push((bytes.u64(at), bytes.u32(at + 8)));
-            let names = (bytes.u32(at + 12) >> 16) + (bytes.u32(at + 12) & 0xffff);
-            at += (40 + bytes.u32(at + 36) + names).next_multiple_of(8);
-        }
+        let tables = l1_tables(&bytes);
         Self(tables.into_iter().map(|(at, len)| Self::state(&bytes, at, len)).collect())
     }
 

@@ -1,6 +1,6 @@
 //! Snapshots: made, applied and deleted by us and by qemu-img in turn, with power loss, and what is refused in its words.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use readonce_format::driver::SnapshotChange;
 use readonce_storage::{
@@ -9,8 +9,8 @@ use readonce_storage::{
 };
 
 use crate::{
-    damage::{Bytes, COPIED, Folder},
-    repair::{Guest, repair_all, repair_leaks},
+    damage::{Bytes, COPIED, Folder, OFFSET},
+    repair::{Guest, l1_tables, repair_all, repair_leaks},
     support::{block_on, ok, qcow2, tool},
 };
 
@@ -293,6 +293,86 @@ fn a_dirty_image_is_put_right_first() {
     assert_eq!(folder.load("image.qcow2").u64(72) & 1, 0);
 }
 
+/// Clusters that a writer would change in place although two states show them.
+fn shared_and_flagged(contents: &[u8]) -> Vec<u64> {
+    let bytes = Bytes(contents.to_vec());
+    let mut shown: BTreeMap<u64, u64> = BTreeMap::new();
+    let mut flagged = Vec::new();
+    for (state, (l1, len)) in l1_tables(&bytes).into_iter().enumerate() {
+        for l1_index in 0..len {
+            let entry = bytes.u64(l1 + 8 * l1_index);
+            *shown.entry(entry & OFFSET).or_default() += 1;
+            let own_table = entry & COPIED != 0;
+            if state == 0 && own_table {
+                flagged.push(entry & OFFSET);
+            }
+            for l2_index in (0..bytes.cluster() / 8).filter(|_| entry & OFFSET != 0) {
+                let entry = bytes.u64((entry & OFFSET) + 8 * l2_index);
+                *shown.entry(entry & OFFSET).or_default() += 1;
+                if state == 0 && own_table && entry & COPIED != 0 {
+                    flagged.push(entry & OFFSET);
+                }
+            }
+        }
+    }
+    flagged.retain(|at| shown[at] > 1);
+    flagged
+}
+
+#[test]
+fn power_loss_while_the_refcount_table_grows() {
+    let folder = Folder::new();
+    let image = Image::new(&folder, "cluster_size=512,refcount_bits=64");
+    // A table of one cluster counts 2 MiB of the file.
+    folder.io("image.qcow2", &["write -P 1 0 1970k"]);
+    let start = folder.load("image.qcow2");
+    assert_eq!(start.u32(56), 1);
+    let before = Guest::of(&start.0);
+    let whole = start.file();
+    let mut what = String::new();
+    // Each table of a snapshot takes room, until the refcounts need more.
+    while Bytes(whole.contents()).u32(56) == 1 {
+        what.push('x');
+        change(&whole, &create(&what)).unwrap();
+    }
+    let file = start.file();
+    for len in 1..what.len() {
+        change(&file, &create(&what[..len])).unwrap();
+    }
+    let last = create(&what);
+    let start = file.contents();
+    assert_eq!(Bytes(start.clone()).u32(56), 1);
+    let dies_at = |nth| {
+        let file = Arc::new(SimFile::from_bytes(&start));
+        file.fail_nth(nth, Fault::Eio, Lasts::ForGood);
+        let _ = change(&file, &last);
+        file
+    };
+    // The operation that switches the header to the new table.
+    let (mut nth, mut later) = (1, 1 << 20);
+    while nth + 1 < later {
+        let middle = u64::midpoint(nth, later);
+        let switched = Bytes(dies_at(middle).contents()).u32(56) == 2;
+        (nth, later) = if switched { (nth, middle) } else { (middle, later) };
+    }
+    let mut kept = 0;
+    for nth in nth - 1..=nth + 1 {
+        let file = dies_at(nth);
+        assert!(file.fault_hits() > 0);
+        for seed in 0..40 {
+            let crashed = Arc::new(file.crash(seed * 1000 + nth));
+            kept += Bytes(crashed.contents()).u32(56) - 1;
+            let leaks = block_on(repair_leaks(&crashed));
+            assert_eq!((leaks.corruptions, leaks.leaks), (0, 0), "operation {nth}, seed {seed}: {leaks:?}");
+            assert!(
+                Guest::of(&crashed.contents()).active() == before.active(),
+                "operation {nth}, seed {seed}"
+            );
+        }
+    }
+    assert!(kept > 0 && kept < 120, "crashes on both sides of the switch");
+}
+
 #[test]
 fn power_loss_at_every_operation() {
     let folder = Folder::new();
@@ -324,6 +404,8 @@ fn power_loss_at_every_operation() {
                     let crashed = Arc::new(file.crash(seed * 1000 + nth));
                     let state = Guest::of(&crashed.contents());
                     assert!(state == before || state == after, "{context}");
+                    let written_in_place = shared_and_flagged(&crashed.contents());
+                    assert_eq!(written_in_place, Vec::<u64>::new(), "{context}");
                     // No refcount is too low: freeing leaks and setting flags is all there is to do.
                     let leaks = block_on(repair_leaks(&crashed));
                     assert_eq!((leaks.corruptions, leaks.leaks), (0, 0), "{context}: {leaks:?}");
