@@ -14,7 +14,7 @@ use readonce_storage::{
 use support::{
     exec::Exec,
     origin::SimOrigin,
-    world::{World, create, open, qed, raw_over},
+    world::{KINDS, Kind, QCOW2, QED, World, filling, for_kinds, raw_over},
 };
 
 const CLUSTER: u64 = 65536;
@@ -47,8 +47,8 @@ fn refused_world() -> (Arc<Exec>, Arc<Image>) {
     let storage: Arc<dyn Storage> = Arc::new(SimFile::new());
     let inner = Arc::clone(&exec);
     let image = exec.run(async move {
-        create(&storage, SIZE, CLUSTER).await;
-        open(storage, Arc::new(Refused), &inner, true).await
+        QED.create(&storage, SIZE).await;
+        QED.open(storage, Arc::new(Refused), &inner, filling(true)).await
     });
     (exec, image)
 }
@@ -77,125 +77,135 @@ fn a_write_that_completed_can_be_read_without_the_backing() {
 /// A guest that reads a sector and writes it, cluster by cluster, while the origin is silent.
 #[test]
 fn writes_into_fetched_units_are_bounded_in_memory() {
-    let cluster = 1 << 20;
-    let world = World::new(3, 1 << 30, cluster);
-    *world.origin.hold_ms.lock() = 3_600_000;
-    let rt = world.exec.rt();
-    let held = world.run(|image| async move {
-        for unit in 0..300u64 {
-            let reader = Arc::clone(&image);
-            rt.spawn(Box::pin(async move {
-                let _ = reader.read(unit * cluster, 512).await;
-            }));
-            rt.sleep(Duration::from_millis(1)).await;
-            let writer = Arc::clone(&image);
-            rt.spawn(Box::pin(async move {
-                let _ = writer.write(unit * cluster, Bytes::from(vec![7; 512])).await;
-            }));
-            rt.sleep(Duration::from_millis(1)).await;
-        }
-        // The units that hold guest bytes are told as data, before any of it can be in the image.
-        let told = image.status(0, 300 * cluster, 4096).await.expect("the map");
-        told.iter().filter(|extent| extent.depth == 1).map(|extent| extent.len).sum::<u64>()
+    for_kinds(&[QED, QCOW2], |kind| {
+        let cluster = 1 << 20;
+        let world = World::new(Kind { cluster_size: cluster, ..kind }, 3, 1 << 30);
+        *world.origin.hold_ms.lock() = 3_600_000;
+        let rt = world.exec.rt();
+        let held = world.run(|image| async move {
+            for unit in 0..300u64 {
+                let reader = Arc::clone(&image);
+                rt.spawn(Box::pin(async move {
+                    let _ = reader.read(unit * cluster, 512).await;
+                }));
+                rt.sleep(Duration::from_millis(1)).await;
+                let writer = Arc::clone(&image);
+                rt.spawn(Box::pin(async move {
+                    let _ = writer.write(unit * cluster, Bytes::from(vec![7; 512])).await;
+                }));
+                rt.sleep(Duration::from_millis(1)).await;
+            }
+            // The units that hold guest bytes are told as data, before any of it can be in the image.
+            let told = image.status(0, 300 * cluster, 4096).await.expect("the map");
+            told.iter().filter(|extent| extent.depth == 1).map(|extent| extent.len).sum::<u64>()
+        });
+        // GUEST_BYTES_MAX.
+        assert!(held <= 64 << 20, "{} MiB of units with guest bytes in memory", held >> 20);
     });
-    // GUEST_BYTES_MAX.
-    assert!(held <= 64 << 20, "{} MiB of units with guest bytes in memory", held >> 20);
 }
 
 #[test]
 fn close_takes_no_longer_than_it_may_while_a_flush_waits_for_the_origin() {
-    let world = World::new(4, SIZE, CLUSTER);
-    *world.origin.hold_ms.lock() = 3_600_000;
-    let rt = world.exec.rt();
-    world.run(|image| async move {
-        image.write(512, Bytes::from(vec![7; 512])).await.expect("room");
-        let flusher = Arc::clone(&image);
-        rt.spawn(Box::pin(async move {
-            let _ = flusher.flush().await;
-        }));
-        rt.sleep(Duration::from_secs(1)).await;
-        let before = rt.now();
-        image.close(Duration::from_secs(30)).await.expect_err("the rest of the unit is not there");
-        let took = rt.now() - before;
-        assert!(took <= Duration::from_secs(31), "close took {} s", took.as_secs());
+    for_kinds(&[QED, QCOW2], |kind| {
+        let world = World::new(Kind { cluster_size: CLUSTER, ..kind }, 4, SIZE);
+        *world.origin.hold_ms.lock() = 3_600_000;
+        let rt = world.exec.rt();
+        world.run(|image| async move {
+            image.write(512, Bytes::from(vec![7; 512])).await.expect("room");
+            let flusher = Arc::clone(&image);
+            rt.spawn(Box::pin(async move {
+                let _ = flusher.flush().await;
+            }));
+            rt.sleep(Duration::from_secs(1)).await;
+            let before = rt.now();
+            image.close(Duration::from_secs(30)).await.expect_err("the rest of the unit is not there");
+            let took = rt.now() - before;
+            assert!(took <= Duration::from_secs(31), "close took {} s", took.as_secs());
+        });
     });
 }
 
 #[test]
 fn flushes_at_the_same_time_share_a_failure() {
-    let world = World::new(5, SIZE, CLUSTER);
-    *world.origin.fail_of_256.lock() = 256;
-    *world.origin.hold_ms.lock() = 600_000;
-    let rt = world.exec.rt();
-    world.run(|image| async move {
-        image.write(512, Bytes::from(vec![7; 512])).await.expect("room");
-        let before = rt.now();
-        let flushes = (0..8).map(|_| image.flush());
-        let ended = futures_util::future::join_all(flushes).await;
-        assert!(ended.iter().all(Result::is_err));
-        let took = rt.now() - before;
-        // One round was under way or began; at most one more served the rest.
-        assert!(took <= Duration::from_secs(1300), "eight flushes took {} s", took.as_secs());
+    for_kinds(&[QED, QCOW2], |kind| {
+        let world = World::new(Kind { cluster_size: CLUSTER, ..kind }, 5, SIZE);
+        *world.origin.fail_of_256.lock() = 256;
+        *world.origin.hold_ms.lock() = 600_000;
+        let rt = world.exec.rt();
+        world.run(|image| async move {
+            image.write(512, Bytes::from(vec![7; 512])).await.expect("room");
+            let before = rt.now();
+            let flushes = (0..8).map(|_| image.flush());
+            let ended = futures_util::future::join_all(flushes).await;
+            assert!(ended.iter().all(Result::is_err));
+            let took = rt.now() - before;
+            // One round was under way or began; at most one more served the rest.
+            assert!(took <= Duration::from_secs(1300), "eight flushes took {} s", took.as_secs());
+        });
     });
 }
 
 /// A flush that waits for the origin must not keep fills from being linked: a kill would lose more than one group.
 #[test]
 fn fills_are_linked_while_a_flush_waits_for_the_origin() {
-    let world = World::new(6, SIZE, CLUSTER);
-    let origin = Arc::clone(&world.origin);
-    let rt = world.exec.rt();
-    let file = Arc::clone(&world.file);
-    let exec = Arc::clone(&world.exec);
-    let asked = world.run(|image| async move {
-        *origin.hold_ms.lock() = 3_600_000;
-        image.write(512, Bytes::from(vec![7; 512])).await.expect("room");
-        let flusher = Arc::clone(&image);
-        rt.spawn(Box::pin(async move {
-            let _ = flusher.flush().await;
-        }));
-        rt.sleep(Duration::from_millis(10)).await;
-        *origin.hold_ms.lock() = 0;
-        image.read(8 * CLUSTER, 8 * CLUSTER as usize).await.expect("the origin answers this one");
-        rt.sleep(Duration::from_secs(60)).await;
-        // The process is killed: what is in the file stays, what is in memory is gone.
-        let killed: Arc<dyn Storage> = Arc::new(SimFile::from_bytes(&file.contents()));
-        let again = SimOrigin::new(SIZE, rt.clone(), 0);
-        let image = open(killed, raw_over(again.clone()).await, &exec, true).await;
-        image.read(8 * CLUSTER, 8 * CLUSTER as usize).await.expect("local");
-        again.asked_bytes()
+    for_kinds(&[QED, QCOW2], |kind| {
+        let world = World::new(Kind { cluster_size: CLUSTER, ..kind }, 6, SIZE);
+        let origin = Arc::clone(&world.origin);
+        let rt = world.exec.rt();
+        let file = Arc::clone(&world.file);
+        let exec = Arc::clone(&world.exec);
+        let asked = world.run(|image| async move {
+            *origin.hold_ms.lock() = 3_600_000;
+            image.write(512, Bytes::from(vec![7; 512])).await.expect("room");
+            let flusher = Arc::clone(&image);
+            rt.spawn(Box::pin(async move {
+                let _ = flusher.flush().await;
+            }));
+            rt.sleep(Duration::from_millis(10)).await;
+            *origin.hold_ms.lock() = 0;
+            image.read(8 * CLUSTER, 8 * CLUSTER as usize).await.expect("the origin answers this one");
+            rt.sleep(Duration::from_secs(60)).await;
+            // The process is killed: what is in the file stays, what is in memory is gone.
+            let killed: Arc<dyn Storage> = Arc::new(SimFile::from_bytes(&file.contents()));
+            let again = SimOrigin::new(SIZE, rt.clone(), 0);
+            let image = kind.open(killed, raw_over(again.clone()).await, &exec, filling(true)).await;
+            image.read(8 * CLUSTER, 8 * CLUSTER as usize).await.expect("local");
+            again.asked_bytes()
+        });
+        assert_eq!(asked, 0, "bytes that were fetched a minute before the kill are asked again");
     });
-    assert_eq!(asked, 0, "bytes that were fetched a minute before the kill are asked again");
 }
 
 /// One CACHE request over a map of many short extents: what was delivered waits in memory until all is planned.
 #[test]
 fn cache_of_a_large_range_holds_little_memory() {
-    let unit = 1 << 20;
-    let world = World::new(7, 1 << 30, unit);
-    let disk = Arc::new(Disk::new(Top::Image(Arc::clone(&world.image)), false));
-    let origin = Arc::clone(&world.origin);
-    let rt = world.exec.rt();
-    let asked = world.exec.run(async move {
-        for at in (0..1 << 30).step_by(2 * unit as usize) {
-            disk.write(at, Bytes::from(vec![7; unit as usize])).await.expect("room");
-        }
-        // The first absent unit's fetch is silent, the others answer.
-        *origin.hold_ms.lock() = 60_000;
-        let reader = Arc::clone(&disk);
-        rt.spawn(Box::pin(async move {
-            let _ = reader.read(unit, 512).await;
-        }));
-        rt.sleep(Duration::from_millis(1)).await;
-        *origin.hold_ms.lock() = 0;
-        let cacher = Arc::clone(&disk);
-        rt.spawn(Box::pin(async move {
-            let _ = cacher.cache(0, 1 << 30).await;
-        }));
-        rt.sleep(Duration::from_secs(30)).await;
-        origin.asked_bytes()
+    for_kinds(&[QED, QCOW2], |kind| {
+        let unit = 1 << 20;
+        let world = World::new(Kind { cluster_size: unit, ..kind }, 7, 1 << 30);
+        let disk = Arc::new(Disk::new(Top::Image(Arc::clone(&world.image)), false));
+        let origin = Arc::clone(&world.origin);
+        let rt = world.exec.rt();
+        let asked = world.exec.run(async move {
+            for at in (0..1 << 30).step_by(2 * unit as usize) {
+                disk.write(at, Bytes::from(vec![7; unit as usize])).await.expect("room");
+            }
+            // The first absent unit's fetch is silent, the others answer.
+            *origin.hold_ms.lock() = 60_000;
+            let reader = Arc::clone(&disk);
+            rt.spawn(Box::pin(async move {
+                let _ = reader.read(unit, 512).await;
+            }));
+            rt.sleep(Duration::from_millis(1)).await;
+            *origin.hold_ms.lock() = 0;
+            let cacher = Arc::clone(&disk);
+            rt.spawn(Box::pin(async move {
+                let _ = cacher.cache(0, 1 << 30).await;
+            }));
+            rt.sleep(Duration::from_secs(30)).await;
+            origin.asked_bytes()
+        });
+        assert!(asked <= 128 << 20, "{} MiB are held for one request", asked >> 20);
     });
-    assert!(asked <= 128 << 20, "{} MiB are held for one request", asked >> 20);
 }
 
 /// Fetches of the upper image wait for memory in the lower one; letting the lower one's fetches go wakes them.
@@ -210,11 +220,11 @@ fn a_lower_image_is_not_written_after_its_close() {
     let (below, inner, rt) = (origin.clone(), exec.clone(), exec.rt());
     let lower_storage = storage.clone();
     exec.run(async move {
-        create(&lower_storage, size, unit).await;
-        let lower = open(lower_storage, raw_over(below).await, &inner, true).await;
+        Kind { cluster_size: unit, ..QED }.create(&lower_storage, size).await;
+        let lower = QED.open(lower_storage, raw_over(below).await, &inner, filling(true)).await;
         let upper: Arc<dyn Storage> = Arc::new(SimFile::new());
-        create(&upper, size, CLUSTER).await;
-        let top = open(upper, lower.clone(), &inner, true).await;
+        QED.create(&upper, size).await;
+        let top = QED.open(upper, lower.clone(), &inner, filling(true)).await;
         for at in (0..size).step_by(unit as usize).take(64) {
             let reader = top.clone();
             rt.spawn(Box::pin(async move {
@@ -234,34 +244,36 @@ fn a_lower_image_is_not_written_after_its_close() {
 /// The power fails while an image is closed: leaks are there only with the mark that says so.
 #[test]
 fn a_clean_image_has_no_leaks_whenever_the_power_fails() {
-    for nth in 1.. {
-        for seed in 0..64 {
-            let world = World::new(nth, SIZE, CLUSTER);
-            world.run(|image| async move {
-                image.read(0, 4 * CLUSTER as usize).await.expect("the origin answers");
-                image.write(8 * CLUSTER, Bytes::from(vec![7; 512])).await.expect("room");
-                image.flush().await.expect("durable");
-            });
-            world.file.fail_nth(nth, Fault::Eio, Lasts::ForGood);
-            world.run(|image| async move {
-                let _ = image.close(Duration::from_secs(1)).await;
-            });
-            if world.file.fault_hits() == 0 {
-                assert!(nth > 1, "the fault can be met");
-                return;
+    for_kinds(&KINDS, |kind| {
+        for nth in 1.. {
+            for seed in 0..64 {
+                let world = World::new(Kind { cluster_size: CLUSTER, ..kind }, nth, SIZE);
+                world.run(|image| async move {
+                    image.read(0, 4 * CLUSTER as usize).await.expect("the origin answers");
+                    image.write(8 * CLUSTER, Bytes::from(vec![7; 512])).await.expect("room");
+                    image.flush().await.expect("durable");
+                });
+                world.file.fail_nth(nth, Fault::Eio, Lasts::ForGood);
+                world.run(|image| async move {
+                    let _ = image.close(Duration::from_secs(1)).await;
+                });
+                if world.file.fault_hits() == 0 {
+                    assert!(nth > 1, "the fault can be met");
+                    return;
+                }
+                let crashed: Arc<dyn Storage> = Arc::new(world.file.crash(seed));
+                world.exec.run(async move {
+                    let readable: Arc<dyn readonce_storage::ReadAt> = crashed;
+                    let dirty = kind.driver().describe(&readable).await.expect("an image").dirty;
+                    let report = kind.driver().check(&readable).await.expect("the check runs");
+                    assert!(
+                        dirty || report.leaks == 0,
+                        "power lost at {nth}, seed {seed}: clean, and {report:?}"
+                    );
+                });
             }
-            let crashed: Arc<dyn Storage> = Arc::new(world.file.crash(seed));
-            world.exec.run(async move {
-                let readable: Arc<dyn readonce_storage::ReadAt> = crashed;
-                let dirty = qed().describe(&readable).await.expect("an image").dirty;
-                let report = qed().check(&readable).await.expect("the check runs");
-                assert!(
-                    dirty || report.leaks == 0,
-                    "power lost at {nth}, seed {seed}: clean, and {report:?}"
-                );
-            });
         }
-    }
+    });
 }
 
 #[test]

@@ -7,20 +7,21 @@ use std::{sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
-use readonce_disk::{Disk, Top};
+use readonce_disk::{Disk, ImageOptions, Top, inflight::Budgets};
 use readonce_storage::{SimFile, Storage};
 use support::{
     exec::Exec,
     guest::Guest,
     model::Model,
     origin::{SECTOR, SimOrigin, stamp_of},
-    world::{Leaks, check, create, open, raw_over},
+    world::{KINDS, Kind, Leaks, QED, raw_over},
 };
 
 #[derive(Debug, Clone, Copy)]
 struct World {
     seed: u64,
-    cluster_size: u64,
+    kind: Kind,
+    budgets: Budgets,
     size: u64,
     backing_len: u64,
     copy_on_read: bool,
@@ -33,11 +34,20 @@ struct World {
 impl World {
     fn draw(seed: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let cluster_size = [4096, 8192, 65536][rng.random_range(0..3)];
+        // QED as often as all the others together have it: it is where most of this was learnt.
+        let kind = if rng.random_range(0..4) == 0 { QED } else { KINDS[rng.random_range(0..KINDS.len())] };
+        let sizes = match kind.options {
+            [("extended_l2", _)] => [16384, 32768, 65536],
+            _ => [4096, 8192, 65536],
+        };
+        let cluster_size = sizes[rng.random_range(0..3)];
+        let kind = Kind { cluster_size, ..kind };
+        let bytes_max = [64 << 20, 3 * cluster_size, 1][rng.random_range(0..3)];
         let size = cluster_size * rng.random_range(1..40) + SECTOR * rng.random_range(0..8);
         Self {
             seed,
-            cluster_size,
+            kind,
+            budgets: Budgets { fetch_bytes_max: bytes_max, guest_bytes_max: bytes_max },
             size,
             backing_len: rng.random_range(SECTOR..size * 5 / 4) / SECTOR * SECTOR + SECTOR,
             copy_on_read: rng.random_range(0..4) != 0,
@@ -46,6 +56,10 @@ impl World {
             ops_per_guest: 40,
             epochs: 4,
         }
+    }
+
+    fn options(&self) -> ImageOptions {
+        ImageOptions { copy_on_read: self.copy_on_read, budgets: self.budgets }
     }
 }
 
@@ -63,11 +77,14 @@ fn run(seed: u64) {
         let image = {
             let (exec2, origin, storage) = (Arc::clone(&exec), Arc::clone(&origin), Arc::clone(&storage));
             exec.run(async move {
+                let kind = world.kind;
                 if epoch == 0 {
-                    create(&storage, world.size, world.cluster_size).await;
+                    kind.create(&storage, world.size).await;
+                } else if kind.snapshots {
+                    kind.snapshot(&storage, epoch).await;
                 }
-                check(Arc::clone(&storage), Leaks::Allowed, "opened").await;
-                open(storage, raw_over(origin).await, &exec2, world.copy_on_read).await
+                kind.check(Arc::clone(&storage), Leaks::Allowed, "opened").await;
+                kind.open(storage, raw_over(origin).await, &exec2, world.options()).await
             })
         };
         file.set_yields(rng.random(), 3);
@@ -78,7 +95,8 @@ fn run(seed: u64) {
                 model: Arc::clone(&model),
                 stamps: Arc::clone(&stamps),
                 rng: SmallRng::seed_from_u64(rng.random()),
-                cluster_sectors: world.cluster_size / SECTOR,
+                cluster_sectors: world.kind.cluster_size / SECTOR,
+                writes_may_fail: world.fail_of_256 > 0,
             })
             .collect();
         let last = epoch + 1 == world.epochs;
@@ -100,7 +118,16 @@ fn run(seed: u64) {
             let closing = Arc::clone(&image);
             exec.run(async move { closing.close(Duration::from_secs(3600)).await.expect("closes clean") });
             let closed = Arc::clone(&storage);
-            exec.run(async move { check(closed, Leaks::None, "closed").await });
+            exec.run(async move {
+                world
+                    .kind
+                    .check(
+                        closed,
+                        if world.kind.format == "qed" { Leaks::None } else { Leaks::Allowed },
+                        "closed",
+                    )
+                    .await
+            });
         } else {
             let polls = rng.random_range(0..8_000);
             exec.run_for(main, polls);
@@ -122,8 +149,8 @@ fn verify(world: &World, model: &Arc<Mutex<Model>>, file: &Arc<SimFile>, closed:
     let copy: Arc<dyn Storage> = Arc::new(SimFile::from_bytes(&file.contents()));
     let (world, exec2) = (*world, Arc::clone(&exec));
     let bytes = exec.run(async move {
-        check(Arc::clone(&copy), Leaks::Allowed, "after the crash").await;
-        let image = open(copy, raw_over(origin).await, &exec2, world.copy_on_read).await;
+        world.kind.check(Arc::clone(&copy), Leaks::Allowed, "after the crash").await;
+        let image = world.kind.open(copy, raw_over(origin).await, &exec2, world.options()).await;
         let mut all = Vec::new();
         for at in (0..world.size).step_by(SECTOR as usize * 8) {
             let len = (world.size - at).min(SECTOR * 8) as usize;
@@ -131,6 +158,8 @@ fn verify(world: &World, model: &Arc<Mutex<Model>>, file: &Arc<SimFile>, closed:
         }
         all
     });
+    // Its timers hold the image, which holds it.
+    exec.power_off();
     let mut model = model.lock();
     if closed {
         let now = model.tick();

@@ -34,6 +34,13 @@ struct World {
     image: Arc<Image>,
 }
 
+impl Drop for World {
+    fn drop(&mut self) {
+        // Its timers hold the image, which holds it.
+        self.exec.power_off();
+    }
+}
+
 impl World {
     /// Clusters by letter: `.` absent, `Z` zero, `D` data, `S` shared, `H` every other unit shared, `C` compressed.
     fn new(letters: &str, fill_unit: u64, abilities: Abilities) -> Self {
@@ -340,7 +347,8 @@ fn run(seed: u64) {
         }
     });
     let world = World::open(rng.random(), fake, backing_len, budgets);
-    *world.origin.fail_of_256.lock() = [0, 0, 16][rng.random_range(0..3)];
+    let fails = [0, 0, 16][rng.random_range(0..3)];
+    *world.origin.fail_of_256.lock() = fails;
     world.fake.file.set_yields(rng.random(), 3);
     let model = Arc::new(Mutex::new(Model::new(size, backing_len)));
     let stamps = Arc::new(Mutex::new(0));
@@ -352,6 +360,7 @@ fn run(seed: u64) {
             stamps: Arc::clone(&stamps),
             rng: SmallRng::seed_from_u64(rng.random()),
             cluster_sectors: CLUSTER / SECTOR,
+            writes_may_fail: fails > 0,
         })
         .collect();
     world.run(|_| async move {
