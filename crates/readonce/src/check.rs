@@ -7,8 +7,7 @@ use readonce_format::{
     Driver, FormatError,
     driver::{CheckReport, Repair},
 };
-use readonce_origin::Locator;
-use readonce_storage::{ImageLock, LocalFile, ReadAt, local::OpenMode, lock::Access, runtime::TokioRuntime};
+use readonce_storage::{ImageLock, ReadAt};
 use serde_json::{Map, Value};
 
 use crate::{
@@ -87,29 +86,11 @@ struct Checked {
 }
 
 async fn examine(image: &str, args: &Args) -> Result<Checked, Failure> {
-    let locator = look::locator(image)?;
-    let mut _lock = None;
-    let file: Arc<dyn ReadAt> = match &locator {
-        Locator::File(path) => {
-            look::can_be_opened(path)?;
-            let file =
-                LocalFile::open(path, OpenMode::Read).map_err(|error| look::cannot_open(image, error))?;
-            if !args.force_share {
-                _lock = look::locked(&file, Access::Read).map_err(|error| look::cannot_open(image, error))?;
-            }
-            Arc::new(file)
-        }
-        Locator::Http(_) => {
-            let options = args.origin.options(&[&locator])?;
-            readonce_origin::open(&locator, &options, &TokioRuntime::current())
-                .await
-                .map_err(|error| look::cannot_open(image, error))? as Arc<dyn ReadAt>
-        }
-    };
+    let (file, _lock) = look::readable(image, args.force_share, &args.origin).await?;
     let driver =
         driver_of(&*file, args.format.as_deref()).await.map_err(|error| look::cannot_open(image, error))?;
     let report = driver.check(&file).await.map_err(|error| refused(image, error))?;
-    Ok(Checked { filename: locator.printable(), format: driver.name(), report })
+    Ok(Checked { filename: look::locator(image)?.printable(), format: driver.name(), report })
 }
 
 async fn mend(image: &str, args: &Args, repair: Repair, output: Output) -> Result<Checked, Failure> {
@@ -165,6 +146,7 @@ impl Checked {
             tell("image-end-offset", offset);
         }
         let counts = [
+            ("compressed-clusters", report.compressed_clusters),
             ("total-clusters", report.total_clusters),
             ("corruptions", report.corruptions),
             ("corruptions-fixed", report.corruptions_fixed),
@@ -183,9 +165,6 @@ impl Checked {
         all.insert("format".into(), self.format.into());
         if report.fragmented_clusters > 0 {
             all.insert("fragmented-clusters".into(), report.fragmented_clusters.into());
-        }
-        if report.compressed_clusters > 0 {
-            all.insert("compressed-clusters".into(), report.compressed_clusters.into());
         }
         Value::Object(all)
     }

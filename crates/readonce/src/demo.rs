@@ -19,15 +19,16 @@ use std::{
 
 use readonce_disk::chain::{self, ChainOptions};
 use readonce_export::nbd::Listener;
-use readonce_format::driver::{BackingRef, CreateSpec, Pin, driver};
+use readonce_format::driver::{BackingRef, CreateSpec, Pin};
 use readonce_origin::{Locator, OriginOptions, Proxies};
-use readonce_storage::{LocalFile, ReadAt, Storage, local::OpenMode, runtime::TokioRuntime};
+use readonce_storage::{LocalFile, ReadAt, local::OpenMode, runtime::TokioRuntime};
 use readonce_testkit::{Content, FaultyOrigin, LinkSpec, OriginSpec};
 
 use self::{guest::Guest, model::Model};
 use crate::{
     failure::{Failure, Outcome},
     folders, human,
+    new_image::Keeper,
     report::ToldArgs,
     session::{EndArgs, Session},
     signals::{Signals, until_signal},
@@ -53,6 +54,9 @@ pub struct Args {
     /// Another number is another disk and other requests
     #[arg(long, value_name = "NUMBER", default_value_t = 1)]
     seed: u64,
+    /// Format of the image: qed or qcow2
+    #[arg(long, value_name = "FMT", default_value = "qed")]
+    format: String,
 }
 
 /// Runs it. A signal ends it, and what it made is deleted then too.
@@ -61,8 +65,9 @@ pub async fn run(args: Args) -> Outcome {
 }
 
 async fn show(args: Args) -> Outcome {
+    let keeper = Keeper::named(Some(&args.format))?;
     let folder = folders::roomy()?;
-    let image = folder.path().join("cached.qed");
+    let image = folder.path().join("cached.img");
     let content = Content::seeded_with_zeros(args.seed, DISK_BYTES, ZERO_EVERY);
     let origin = FaultyOrigin::start(OriginSpec {
         link: Some(LinkSpec::new(LINK.0, LINK.1)),
@@ -80,10 +85,10 @@ async fn show(args: Args) -> Outcome {
     let mut table = Table::new(&origin);
 
     let began = Instant::now();
-    make(&image, &origin).await?;
+    make(&image, keeper, &origin).await?;
     table.row("create the image", began, "one version of the disk is pinned".to_owned());
 
-    let session = serve(&image, folder.path()).await?;
+    let session = serve(&image, keeper, folder.path()).await?;
     let guest = Guest::connect(&folder.path().join("nbd"), Arc::clone(&model), args.seed).await?;
     let began = Instant::now();
     let booted = guest.boot().await?;
@@ -108,7 +113,7 @@ async fn show(args: Args) -> Outcome {
 
     let asked = origin.body_bytes();
     origin.vanish().await;
-    let session = serve(&image, folder.path()).await?;
+    let session = serve(&image, keeper, folder.path()).await?;
     let guest = Guest::connect(&folder.path().join("nbd"), Arc::clone(&model), args.seed).await?;
     let began = Instant::now();
     let read = guest.read_everything().await?;
@@ -117,7 +122,7 @@ async fn show(args: Args) -> Outcome {
     session.end(None).await?;
 
     let began = Instant::now();
-    check(&image).await?;
+    check(&image, keeper).await?;
     table.row("check the image", began, "no errors, no leaks".to_owned());
 
     // The probe asks for one byte more.
@@ -148,7 +153,7 @@ fn origin_options() -> OriginOptions {
     }
 }
 
-async fn make(image: &Path, origin: &FaultyOrigin) -> Result<(), Failure> {
+async fn make(image: &Path, keeper: Keeper, origin: &FaultyOrigin) -> Result<(), Failure> {
     let place = Locator::parse(&origin.url(), None).map_err(|error| failed("the origin", error))?;
     let options = OriginOptions { probe_for: Duration::from_secs(10), ..origin_options() };
     let opened = readonce_origin::open(&place, &options, &TokioRuntime::current())
@@ -161,16 +166,16 @@ async fn make(image: &Path, origin: &FaultyOrigin) -> Result<(), Failure> {
         pin: Some(Pin { validator: opened.validator(), len: opened.len() }),
         data_file: None,
     };
-    let file = LocalFile::open(image, OpenMode::CreateNew).map_err(|error| failed("the image", error))?;
-    let file: Arc<dyn Storage> = Arc::new(file);
-    let qed = driver("qed").ok_or_else(|| failed("the image", "there is no driver for QED"))?;
-    qed.create(&file, None, &spec).await.map_err(|error| failed("the image", error))
+    keeper.create(image, spec).await
 }
 
-async fn serve(image: &Path, folder: &Path) -> Result<Session, Failure> {
+async fn serve(image: &Path, keeper: Keeper, folder: &Path) -> Result<Session, Failure> {
     let told = ToldArgs { verbose: 0, quiet: true };
-    let options =
-        ChainOptions { format: Some("qed".to_owned()), origin: origin_options(), ..ChainOptions::default() };
+    let options = ChainOptions {
+        format: Some(keeper.name().to_owned()),
+        origin: origin_options(),
+        ..ChainOptions::default()
+    };
     let image = image.display().to_string();
     let chain = chain::open(&image, options, TokioRuntime::current(), told.reporter()).await?;
     let listener = Listener::unix(folder.join("nbd")).map_err(|error| failed("the socket", error))?;
@@ -178,11 +183,10 @@ async fn serve(image: &Path, folder: &Path) -> Result<Session, Failure> {
     Session::start(chain, listener, "", &end, told)
 }
 
-async fn check(image: &Path) -> Result<(), Failure> {
+async fn check(image: &Path, keeper: Keeper) -> Result<(), Failure> {
     let file = LocalFile::open(image, OpenMode::Read).map_err(|error| failed("the image", error))?;
     let file: Arc<dyn ReadAt> = Arc::new(file);
-    let qed = driver("qed").ok_or_else(|| failed("the image", "there is no driver for QED"))?;
-    let report = qed.check(&file).await.map_err(|error| failed("check", error))?;
+    let report = keeper.driver().check(&file).await.map_err(|error| failed("check", error))?;
     match report.check_errors + report.corruptions + report.leaks {
         0 => Ok(()),
         _ => Err(failed("check", format!("{report:?}"))),

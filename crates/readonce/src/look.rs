@@ -9,6 +9,7 @@ use readonce_storage::{
     ImageLock, LocalFile, ReadAt, Rt, Storage,
     local::OpenMode,
     lock::{Access, LockError},
+    runtime::TokioRuntime,
 };
 
 use crate::{
@@ -124,6 +125,33 @@ pub fn without_number(error: &std::io::Error) -> String {
     match text.rfind(" (os error ") {
         Some(end) => text[..end].to_owned(),
         None => text,
+    }
+}
+
+/// The bytes of a local file, under a reader's lock unless `force_share`, or of a URL.
+pub async fn readable(
+    image: &str,
+    force_share: bool,
+    origin: &OriginArgs,
+) -> Result<(Arc<dyn ReadAt>, Option<ImageLock>), Failure> {
+    let locator = locator(image)?;
+    match &locator {
+        Locator::File(path) => {
+            can_be_opened(path)?;
+            let file = LocalFile::open(path, OpenMode::Read).map_err(|error| cannot_open(image, error))?;
+            let lock = match force_share {
+                true => None,
+                false => locked(&file, Access::Read).map_err(|error| cannot_open(image, error))?,
+            };
+            Ok((Arc::new(file), lock))
+        }
+        Locator::Http(_) => {
+            let options = origin.options(&[&locator])?;
+            let origin = readonce_origin::open(&locator, &options, &TokioRuntime::current())
+                .await
+                .map_err(|error| cannot_open(image, error))?;
+            Ok((origin, None))
+        }
     }
 }
 

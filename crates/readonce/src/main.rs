@@ -2,7 +2,7 @@
 //!
 //! - One module for each command: its flags, its sentences, its exit status.
 //! - Shared: `failure` (how a command ends badly), `options` (`-o`, sizes), `chain_args` (flags that open a chain), `look`
-//!   (opening one to look at it), `session` (opening one to use it), `human`, `json`, `stdout`, `report`, `progress`.
+//!   (opening one to look at it), `session` (opening one to use it), `new_image`, `human`, `json`, `stdout`, `report`, `progress`.
 //!
 //! Flags, sentences, JSON fields and exit codes are those of qemu-img, qemu-io and qemu-nbd where they have the thing. Not
 //! here: what the commands do, which is in the rooms below.
@@ -25,6 +25,7 @@ mod io;
 mod json;
 mod look;
 mod map;
+mod new_image;
 mod options;
 mod progress;
 mod rebase;

@@ -53,7 +53,7 @@ pub async fn run(args: Args) -> Outcome {
     let layers = look::layers(image, &args.look, TopOnly::No, &TokioRuntime::current())
         .await
         .map_err(|failure| through(image, failure))?;
-    let map = Map { layers: &layers, holes: layers.iter().map(Holes::of).collect() };
+    let map = Map { layers: &layers, files: layers.iter().map(DataOf::layer).collect() };
 
     let size = layers[0].mapper.geometry().size;
     let end = size.min(start.saturating_add(len_max));
@@ -67,14 +67,14 @@ pub async fn run(args: Args) -> Outcome {
         pending = Some(match pending {
             Some(last) if last.goes_on_with(&entry) => Entry { len: last.len + entry.len, ..last },
             Some(last) => {
-                printer.entry(&last, &map);
+                printer.entry(&last, &map)?;
                 entry
             }
             None => entry,
         });
     }
     if let Some(last) = pending {
-        printer.entry(&last, &map);
+        printer.entry(&last, &map)?;
     }
     printer.end();
     Ok(ExitCode::SUCCESS)
@@ -99,6 +99,8 @@ struct Entry {
     depth: usize,
     present: bool,
     zero: bool,
+    data: bool,
+    compressed: bool,
     offset: Option<u64>,
 }
 
@@ -109,13 +111,14 @@ impl Entry {
             (None, None) => true,
             _ => false,
         };
-        offsets && (self.depth, self.present, self.zero) == (next.depth, next.present, next.zero)
+        let state = |entry: &Self| (entry.depth, entry.present, entry.zero, entry.data, entry.compressed);
+        offsets && state(self) == state(next)
     }
 }
 
 struct Map<'a> {
     layers: &'a [Layer],
-    holes: Vec<Option<Holes>>,
+    files: Vec<DataOf>,
 }
 
 impl Map<'_> {
@@ -130,54 +133,113 @@ impl Map<'_> {
                 .await
                 .map_err(|error| look::cannot_open(&layer.locator.printable(), error))?;
             len = extent.len;
-            let entry = Entry { start, len, depth, present: true, zero: false, offset: None };
+            let nothing = Entry {
+                start,
+                len,
+                depth,
+                present: true,
+                zero: false,
+                data: false,
+                compressed: false,
+                offset: None,
+            };
+            let data = Entry { data: true, ..nothing };
+            let holes = &self.files[depth].holes;
             if layer.description.format == "raw" {
-                return Ok(self.raw_entry(entry, extent.mapping));
+                // All of a raw file is there; where it has holes, or ends inside a sector, it reads as zeros.
+                let entry = Entry { offset: Some(start), ..data };
+                return Ok(match (extent.mapping, holes) {
+                    (Mapping::Data(_), Some(holes)) => {
+                        let entry = holes.seen(entry, start);
+                        Entry { data: !entry.zero, ..entry }
+                    }
+                    (Mapping::Data(_), None) => entry,
+                    _ => Entry { zero: true, data: false, ..entry },
+                });
             }
             match extent.mapping {
                 Mapping::Data(offset) | Mapping::Shared(offset) => {
-                    return Ok(Entry { offset: Some(offset), ..entry });
+                    let entry = Entry { offset: Some(offset), ..data };
+                    return Ok(match holes {
+                        Some(holes) => holes.seen(entry, offset),
+                        None => entry,
+                    });
                 }
-                Mapping::Compressed(_) => return Ok(entry),
-                Mapping::Zero => return Ok(Entry { zero: true, ..entry }),
+                Mapping::Compressed(_) => return Ok(Entry { compressed: true, ..data }),
+                Mapping::Zero => return with_room(layer, Entry { zero: true, ..nothing }).await,
                 Mapping::Absent => {}
             }
             let below = self.layers.get(depth + 1).map_or(0, |below| below.mapper.geometry().size);
             if start >= below {
-                return Ok(Entry { present: false, zero: true, ..entry });
+                return with_room(layer, Entry { present: false, zero: true, ..nothing }).await;
             }
             len = len.min(below - start);
         }
         unreachable!("the last layer answers for itself")
     }
+}
 
-    /// All of a raw file is there; where it has holes, or ends inside a sector, it reads as zeros.
-    fn raw_entry(&self, entry: Entry, mapping: Mapping) -> Entry {
-        let entry = Entry { offset: Some(entry.start), ..entry };
-        let Mapping::Data(_) = mapping else { return Entry { zero: true, ..entry } };
-        let Some(holes) = &self.holes[entry.depth] else { return entry };
-        match holes.at(entry.start) {
-            Some((zero, len)) => Entry { zero, len: entry.len.min(len), ..entry },
-            None => entry,
-        }
+/// The entry of what reads as zeros, with the room that it has all the same.
+async fn with_room(layer: &Layer, entry: Entry) -> Result<Entry, Failure> {
+    let room = layer.mapper.room(entry.start, entry.len).await;
+    let (offset, len) = room.map_err(|error| look::cannot_open(&layer.locator.printable(), error))?;
+    Ok(Entry { offset, len, ..entry })
+}
+
+/// The file that holds a layer's data.
+struct DataOf {
+    name: String,
+    /// Where its holes tell something.
+    holes: Option<Holes>,
+}
+
+impl DataOf {
+    fn layer(layer: &Layer) -> Self {
+        let description = &layer.description;
+        let data_file = description.data_file.as_ref();
+        let locator = match data_file.map(|data| Locator::parse(&data.name, Some(&layer.locator))) {
+            Some(Ok(locator)) => locator,
+            _ => layer.locator.clone(),
+        };
+        let holes = match (&locator, description.cluster_size) {
+            (Locator::File(path), None) => Holes::open(path).ok(),
+            (Locator::File(path), Some(cluster_size))
+                if description.format == "qcow2" && data_file.is_none() =>
+            {
+                Holes::open(path).ok().filter(|holes| holes.clusters_without_room(cluster_size))
+            }
+            _ => None,
+        };
+        Self { name: locator.printable(), holes }
     }
 }
 
-/// The holes of a local raw file.
+/// The holes of a local file.
 struct Holes {
     file: File,
 }
 
 impl Holes {
-    fn of(layer: &Layer) -> Option<Self> {
-        match &layer.locator {
-            Locator::File(path) if layer.description.format == "raw" => Self::open(path).ok(),
-            Locator::File(_) | Locator::Http(_) => None,
-        }
-    }
-
     fn open(path: &Path) -> io::Result<Self> {
         Ok(Self { file: File::open(PathBuf::from(path))? })
+    }
+
+    /// Whether the file's clusters are many more than it has room for: an image with preallocated tables. As QEMU, which then
+    /// looks at the holes, though this counts clusters that are free as well.
+    fn clusters_without_room(&self, cluster_size: u64) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        self.file.metadata().is_ok_and(|metadata| {
+            let room = metadata.blocks() * 512 / cluster_size;
+            metadata.len().div_ceil(cluster_size) >= (room * 10 / 9).max(room + 2)
+        })
+    }
+
+    /// The entry, whose bytes begin at `offset` of the file, as far as they are all in a hole or all not.
+    fn seen(&self, entry: Entry, offset: u64) -> Entry {
+        match self.at(offset) {
+            Some((zero, len)) => Entry { zero, len: entry.len.min(len), ..entry },
+            None => entry,
+        }
     }
 
     /// Whether a hole is there, and how far that goes; `None` where the file system does not tell.
@@ -211,12 +273,15 @@ impl Printer {
         }
     }
 
-    fn entry(&mut self, entry: &Entry, map: &Map<'_>) {
-        let Entry { start, len, depth, present, zero, offset } = entry;
+    fn entry(&mut self, entry: &Entry, map: &Map<'_>) -> Result<(), Failure> {
+        let Entry { start, len, depth, present, zero, data, compressed, offset } = entry;
         match self.output {
-            Output::Human if *zero || !present => {}
+            Output::Human if *data && offset.is_none() => {
+                return Err(Failure::new("File contains external, encrypted or compressed clusters."));
+            }
+            Output::Human if *zero || !data => {}
             Output::Human => {
-                let name = map.layers[*depth].locator.printable();
+                let name = &map.files[*depth].name;
                 let [start, len, offset] = [*start, *len, offset.unwrap_or(0)].map(hex);
                 stdout::line(format_args!("{start:<16}{len:<16}{offset:<16}{name}"));
             }
@@ -226,8 +291,7 @@ impl Printer {
                 }
                 stdout::print(format_args!(
                     "{{ \"start\": {start}, \"length\": {len}, \"depth\": {depth}, \"present\": {present}, \"zero\": {zero}, \
-                     \"data\": {}, \"compressed\": false",
-                    present & !zero
+                     \"data\": {data}, \"compressed\": {compressed}"
                 ));
                 if let Some(offset) = offset {
                     stdout::print(format_args!(", \"offset\": {offset}"));
@@ -236,6 +300,7 @@ impl Printer {
                 self.printed = true;
             }
         }
+        Ok(())
     }
 
     fn end(&self) {

@@ -29,13 +29,17 @@ use crate::{
     after_help = "In COMMAND and its arguments {uri} becomes the NBD URI and {socket} the path of its socket; READONCE_URI holds \
                   the URI too.\n\
                   With a URL and no --image, what is read is kept in the user's cache folder ($XDG_CACHE_HOME/readonce), and \
-                  what the command writes is gone at the end.\n\
+                  what the command writes is gone at the end. An image that is made is qcow2, or what -f says; one that is there is \
+                  used as it is.\n\
                   Exit status: the command's; 128 + n if signal n ended it; 127 if it was not found.\n\
                   Example: readonce run http://host/Fedora.iso -- qemu-system-x86_64 -cdrom {uri} -boot d"
 )]
 pub struct Args {
     #[command(flatten)]
     chain: UseArgs,
+    /// Format of the file behind the image that keeps what is read (qed, qcow2, raw); told from its first bytes where absent
+    #[arg(short = 'F', long, value_name = "FMT")]
+    backing_format: Option<String>,
     /// Keep everything, writes too, in this image; made first if it is not there
     #[arg(long, value_name = "FILE")]
     image: Option<std::path::PathBuf>,

@@ -1,6 +1,6 @@
 //! The images that `readonce run URL` keeps in the user's cache folder: one for each URL and version of its file.
 //!
-//! - A name is `FILE-<URL>-<version>.qed`, the last two hashed. It only finds an image: that it belongs to the URL, and to the
+//! - A name is `FILE-<URL>-<version>.FORMAT`, the middle two hashed. It only finds an image: that it belongs to the URL, and to the
 //!   version, is in the image.
 //! - A changed file is a new image, and a warning that names the old one.
 //! - With the origin away, the newest image of the URL is used.
@@ -37,8 +37,17 @@ pub struct Found {
     pub warnings: Vec<String>,
 }
 
-/// Looks for the image of `place` as it is now.
-pub async fn find(place: &Locator, options: &ChainOptions) -> Result<Found, Failure> {
+/// Formats of images, which their names end with.
+const FORMATS: [&str; 2] = ["qcow2", "qed"];
+
+/// The format of an image of the cache.
+pub fn format(image: &Path) -> &'static str {
+    let ending = image.extension().and_then(|ending| ending.to_str());
+    FORMATS.into_iter().find(|format| ending == Some(format)).unwrap_or("qcow2")
+}
+
+/// Looks for the image of `place` as it is now; one that is not there yet is to have that format.
+pub async fn find(place: &Locator, format: &str, options: &ChainOptions) -> Result<Found, Failure> {
     let folder = folder()?;
     let prefix = prefix(place);
     let known = images(&folder, &prefix);
@@ -49,7 +58,9 @@ pub async fn find(place: &Locator, options: &ChainOptions) -> Result<Found, Fail
     match readonce_origin::open(place, &asked, &TokioRuntime::current()).await {
         Ok(origin) => {
             let version = hash([origin.validator(), origin.len().to_le_bytes().to_vec()].concat());
-            let image = folder.join(format!("{prefix}{version}.qed"));
+            let image = |format: &str| folder.join(format!("{prefix}{version}.{format}"));
+            let there = FORMATS.into_iter().map(image).find(|image| known.contains(image));
+            let image = there.unwrap_or_else(|| image(format));
             let mut warnings: Vec<String> =
                 origin.notes().iter().map(|note| format!("{}: {note}", place.printable())).collect();
             if !known.contains(&image)
@@ -116,7 +127,8 @@ fn images(folder: &Path, prefix: &str) -> Vec<PathBuf> {
         .flatten()
         .filter(|entry| {
             let name = entry.file_name();
-            name.to_str().is_some_and(|name| name.starts_with(prefix) && name.ends_with(".qed"))
+            let ending = name.to_str().and_then(|name| name.strip_prefix(prefix)?.split_once('.'));
+            ending.is_some_and(|(_, format)| FORMATS.contains(&format))
         })
         .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
         .collect();

@@ -12,13 +12,12 @@ use std::{
 };
 
 use readonce_disk::chain::{ChainOptions, CopyOnRead, driver_of};
-use readonce_format::driver::{BackingRef, CreateSpec, Pin, driver};
+use readonce_format::driver::{BackingRef, CreateSpec, Pin};
 use readonce_origin::{Locator, Origin};
-use readonce_storage::{LocalFile, ReadAt, Storage, local::OpenMode};
-use url::Url;
+use readonce_storage::{LocalFile, ReadAt, local::OpenMode, runtime::TokioRuntime};
 
 use super::{Args, cache};
-use crate::{failure::Failure, folders, look};
+use crate::{failure::Failure, folders, look, new_image::Keeper};
 
 /// What to open.
 pub struct Chosen {
@@ -40,21 +39,17 @@ pub struct Chosen {
 
 /// Finds it, or makes it.
 pub async fn choose(name: &str, args: &Args) -> Result<Chosen, Failure> {
-    let options = args.chain.chain_options(name)?;
-    let locator = look::locator(name)?;
-    match (locator, &args.image) {
-        (Locator::Http(url), Some(image)) => in_image(&url, image, options, args).await,
-        (Locator::Http(url), None) => in_cache(&url, options).await,
-        (locator @ Locator::File(_), Some(image)) => {
-            if std::fs::symlink_metadata(image).is_err() {
-                let backing = std::path::absolute(name).map_err(|error| Failure::new(error.to_string()))?;
-                make_over(&Locator::File(backing), image, &options).await?;
-            } else {
-                check_backing(image, &locator).await?;
-            }
-            Ok(Chosen::kept_in(image, options))
-        }
+    let mut options = args.chain.chain_options(name)?;
+    match (look::locator(name)?, &args.image) {
         (Locator::File(path), None) => Ok(Chosen { top: name.to_owned(), ..Chosen::kept_in(&path, options) }),
+        (place, image) => {
+            // -f is said of the image that keeps what is read. One that is there has its own.
+            let keeper = Keeper::named(options.format.take().as_deref())?;
+            match image {
+                Some(image) => in_image(place, image, keeper, options, args).await,
+                None => in_cache(place, keeper, options, args).await,
+            }
+        }
     }
 }
 
@@ -74,35 +69,35 @@ impl Chosen {
 }
 
 async fn in_image(
-    url: &Url,
+    place: Locator,
     image: &Path,
-    mut options: ChainOptions,
+    keeper: Keeper,
+    options: ChainOptions,
     args: &Args,
 ) -> Result<Chosen, Failure> {
-    let place = Locator::Http(url.clone());
-    if std::fs::symlink_metadata(image).is_err() {
-        make_over(&place, image, &options).await?;
-        args.told.say(format_args!("made {}", image.display()));
-    } else {
+    if std::fs::symlink_metadata(image).is_ok() {
         check_backing(image, &place).await?;
+        return Ok(Chosen::kept_in(image, options));
     }
-    // -f was said of the URL; the image has its own.
-    options.format = None;
+    let place = match place {
+        // The image may be in another folder.
+        Locator::File(path) => Locator::File(
+            std::path::absolute(path).map_err(|error| Failure::new(look::without_number(&error)))?,
+        ),
+        url => url,
+    };
+    let origin = readonce_origin::open(&place, &options.origin, &TokioRuntime::current())
+        .await
+        .map_err(|error| look::cannot_open(&place.printable(), error))?;
+    make(image, keeper, &place, origin, args.backing_format.as_deref()).await?;
+    args.told.say(format_args!("made {} ({})", image.display(), keeper.name()));
     Ok(Chosen::kept_in(image, options))
 }
 
 /// An image over `place` with copy-on-read, pinned to what is there now.
-async fn make_over(place: &Locator, image: &Path, options: &ChainOptions) -> Result<(), Failure> {
-    let rt = readonce_storage::runtime::TokioRuntime::current();
-    let origin = readonce_origin::open(place, &options.origin, &rt)
-        .await
-        .map_err(|error| look::cannot_open(&place.printable(), error))?;
-    make(image, place, origin, options.format.as_deref()).await
-}
-
-/// The same over an origin that is open.
 async fn make(
     image: &Path,
+    keeper: Keeper,
     place: &Locator,
     origin: Arc<dyn Origin>,
     format: Option<&str>,
@@ -119,20 +114,7 @@ async fn make(
         pin: (!may_be_filled).then(|| Pin { validator: origin.validator(), len: origin.len() }),
         data_file: None,
     };
-    create(image, &spec).await
-}
-
-/// Makes a new QED image; what cannot be finished is not left behind.
-async fn create(image: &Path, spec: &CreateSpec) -> Result<(), Failure> {
-    let failed = |cause: String| Failure::new(format!("Could not create '{}': {cause}", image.display()));
-    let qed = driver("qed").ok_or_else(|| failed("there is no driver for QED".to_owned()))?;
-    let file = LocalFile::open(image, OpenMode::CreateNew).map_err(|error| failed(error.to_string()))?;
-    let file: Arc<dyn Storage> = Arc::new(file);
-    let created = qed.create(&file, None, spec).await;
-    if created.is_err() {
-        let _ = std::fs::remove_file(image);
-    }
-    created.map_err(|error| failed(error.to_string()))
+    keeper.create(image, spec).await
 }
 
 /// An image that is there must be one of the same place.
@@ -165,9 +147,13 @@ async fn check_backing(image: &Path, place: &Locator) -> Result<(), Failure> {
     }
 }
 
-async fn in_cache(url: &Url, mut options: ChainOptions) -> Result<Chosen, Failure> {
-    let place = Locator::Http(url.clone());
-    let found = cache::find(&place, &options).await?;
+async fn in_cache(
+    place: Locator,
+    keeper: Keeper,
+    mut options: ChainOptions,
+    args: &Args,
+) -> Result<Chosen, Failure> {
+    let found = cache::find(&place, keeper.name(), &options).await?;
     for warning in &found.warnings {
         crate::report::warn(warning);
     }
@@ -178,19 +164,20 @@ async fn in_cache(url: &Url, mut options: ChainOptions) -> Result<Chosen, Failur
         // Under another name first: a kill in between leaves no half image under the right one.
         let draft = found.image.with_extension("new");
         let _ = std::fs::remove_file(&draft);
-        make(&draft, &place, origin, options.format.as_deref()).await?;
+        make(&draft, keeper, &place, origin, args.backing_format.as_deref()).await?;
         std::fs::rename(&draft, &found.image).map_err(|error| {
             Failure::new(format!("Could not create '{}': {error}", found.image.display()))
         })?;
     }
     check_backing(&found.image, &place).await?;
-    options.format = Some("qed".to_owned());
+    let format = cache::format(&found.image);
+    options.format = Some(format.to_owned());
     if options.read_only {
         return Ok(Chosen { claim: Some(claim), ..Chosen::kept_in(&found.image, options) });
     }
     let temporary = folders::roomy()?;
-    let top = temporary.path().join("guest.qed");
-    over(&found.image, &top).await?;
+    let top = temporary.path().join("guest");
+    options.format = Some(over(&found.image, format, &top).await?);
     let keeps = options.copy_on_read != CopyOnRead::Off;
     if keeps {
         // The fills go into the cache's image, which says so itself; the guest's image takes writes only.
@@ -212,17 +199,20 @@ async fn in_cache(url: &Url, mut options: ChainOptions) -> Result<Chosen, Failur
     })
 }
 
-/// A temporary image over the cache's.
-async fn over(below: &Path, top: &Path) -> Result<(), Failure> {
+/// A temporary image over the cache's. A write into a part of a cluster would fetch the rest of it: subclusters leave that to whole
+/// pages, which guests write.
+async fn over(below: &Path, format: &str, top: &Path) -> Result<String, Failure> {
     let name = below.display().to_string();
     let file: Arc<dyn ReadAt> =
         Arc::new(LocalFile::open(below, OpenMode::Read).map_err(|error| look::cannot_open(&name, error))?);
-    let qed = driver("qed").ok_or_else(|| Failure::new("there is no driver for QED"))?;
-    let description = qed.describe(&file).await.map_err(|error| look::cannot_open(&name, error))?;
+    let driver = driver_of(&*file, Some(format)).await.map_err(|cause| look::cannot_open(&name, cause))?;
+    let description = driver.describe(&file).await.map_err(|error| look::cannot_open(&name, error))?;
     let spec = CreateSpec {
         size: description.virtual_size,
-        backing: Some(BackingRef { name, format: Some("qed".to_owned()) }),
+        backing: Some(BackingRef { name, format: Some(format.to_owned()) }),
         ..CreateSpec::default()
     };
-    create(top, &spec).await
+    let keeper = Keeper::named(None)?;
+    keeper.create(top, spec).await?;
+    Ok(keeper.name().to_owned())
 }
