@@ -503,6 +503,10 @@ impl Mapper for Writer {
     fn lookup(&self, offset: u64, len_max: u64) -> BoxFuture<'_, Result<Extent, FormatError>> {
         Box::pin(self.core.tables.extent(offset, len_max))
     }
+
+    fn room(&self, offset: u64, len_max: u64) -> BoxFuture<'_, Result<(Option<u64>, u64), FormatError>> {
+        Box::pin(self.core.tables.room(offset, len_max))
+    }
 }
 
 impl WritableMapper for Writer {

@@ -10,8 +10,8 @@ use readonce_storage::{
 
 use crate::{
     guest::{
-        DataIn, Files, Guest, Model, SMALL, Shape, UNITS, block_on, check, qcow2, random_op, read_all, rng,
-        wrong,
+        DataIn, Files, Guest, Model, SMALL, Shape, UNITS, block_on, check, create, qcow2, random_op,
+        read_all, rng, wrong,
     },
     qemu::Folder,
 };
@@ -52,7 +52,8 @@ async fn survives(crashed: Files, model: &Model, context: &str) {
     guest.mapper.close().await.unwrap();
     let (broken, leaks) = wrong(&crashed.image).await;
     assert_eq!(broken, 0, "{context}");
-    let leaks_before_use = if in_use { 0 } else { report.leaks };
+    // A refcount that a crash left too high beside a snapshot's reference stays for a check.
+    let leaks_before_use = if in_use && !guest.model.shared { 0 } else { report.leaks };
     assert!(leaks <= leaks_before_use, "{leaks} leaks after a clean close; {context}");
     let again = Guest::open(crashed, guest.model.clone()).await.unwrap();
     again.check_reads().await;
@@ -60,9 +61,15 @@ async fn survives(crashed: Files, model: &Model, context: &str) {
 
 fn run(seed: u64, shape: Shape) {
     let folder = Folder::new(shape);
+    let files = block_on(create(&shape));
+    run_on(seed, &folder, files, Model::new(shape));
+}
+
+fn run_on(seed: u64, folder: &Folder, files: Files, model: Model) {
+    let shape = model.shape;
     block_on(async {
         let mut rng = rng(seed);
-        let mut guest = Guest::new(&shape).await;
+        let mut guest = Guest::open(files, model).await.unwrap();
         for step in 0..60 {
             let op = random_op(&mut rng, &shape);
             guest.run(&op).await.unwrap();
@@ -80,6 +87,7 @@ fn run(seed: u64, shape: Shape) {
         guest.mapper.close().await.unwrap();
         guest.model.flushed();
         assert_eq!(wrong(&guest.files.image).await, (0, 0), "seed {seed}");
+        folder.save(&guest.files);
         survives(guest.files.crash(seed), &guest.model, &format!("seed {seed} closed")).await;
     });
 }
@@ -105,6 +113,28 @@ fn power_loss_after_any_operation() {
         for seed in 0..5 {
             run(seed, shape);
         }
+    }
+}
+
+#[test]
+fn power_loss_with_compressed_clusters_and_a_snapshot() {
+    for (seed, shape) in (0..4).flat_map(|seed| [(seed, SMALL), (seed, UNITS)]) {
+        let shape = Shape { size: (3 << 20) + 1536, ..shape };
+        let folder = Folder::new(shape);
+        let options = format!("cluster_size={},extended_l2={}", shape.cluster_size(), shape.extended_l2);
+        folder.convert(&options);
+        folder.ok("qemu-img", &["snapshot", "-c", "first", "image.qcow2"]);
+        folder.qemu_io(&["write -P 7 0 100k".into(), "write -z 1M 300k".into()]);
+        folder.ok("qemu-img", &["snapshot", "-c", "second", "image.qcow2"]);
+        let mut model = Model::new(shape);
+        (0..200).for_each(|sector| model.write(sector, 0x0707_0707));
+        (2048..2648).for_each(|sector| model.write(sector, 0));
+        model.flushed();
+        model.shape.backing = false;
+        model.shared = true;
+        run_on(seed, &folder, folder.load(), model);
+        folder.ok("qemu-img", &["snapshot", "-a", "first", "image.qcow2"]);
+        folder.reads(&Model::new(shape), "the first snapshot");
     }
 }
 

@@ -141,12 +141,14 @@ pub fn tag_of(sector: &[u8]) -> u32 {
 pub struct Model {
     pub shape: Shape,
     pub allowed: Vec<Vec<u32>>,
+    /// Whether the image began with snapshots or compressed clusters.
+    pub shared: bool,
 }
 
 impl Model {
     pub fn new(shape: Shape) -> Self {
         let allowed = (0..shape.size / SECTOR).map(|sector| vec![backing_tag(&shape, sector)]).collect();
-        Self { shape, allowed }
+        Self { shape, allowed, shared: false }
     }
 
     pub fn write(&mut self, sector: u64, tag: u32) {

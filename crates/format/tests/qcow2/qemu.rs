@@ -85,6 +85,13 @@ impl Folder {
         assert!(output.status.success(), "{context}: {output:?}");
     }
 
+    /// Makes the image from the backing's bytes, compressed.
+    pub fn convert(&self, options: &str) {
+        let mut args = vec!["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options];
+        args.extend(["backing.raw", "image.qcow2"]);
+        self.ok("qemu-img", &args);
+    }
+
     /// qemu-io's commands, in one run.
     pub fn qemu_io(&self, commands: &[String]) {
         let mut args = vec!["-f", "qcow2"];

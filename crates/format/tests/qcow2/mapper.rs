@@ -1,0 +1,657 @@
+//! What callers of the mapper see: extents, reservations, commits, syncs, the marks.
+
+use std::sync::Arc;
+
+use rand::Rng;
+use readonce_format::{
+    CommitMode, Durability, Extent, FormatError, Mapping, Room, WritableMapper,
+    driver::{SnapshotChange, driver},
+};
+use readonce_storage::{ReadAt, SimFile, Storage, TokioRuntime, sim::NowCalls};
+
+use crate::guest::{
+    Files, Guest, Model, SMALL, Shape, UNITS, backing_tag, block_on, check, create, qcow2, random_op, rng,
+    sector_of, wrong,
+};
+
+const CLUSTER: u64 = 4096;
+const UNIT: u64 = 512;
+
+/// The state of `count` pieces of `size` bytes, one letter each: `.` absent, `D` data, `Z` zero, `S` shared.
+async fn drawn(mapper: &dyn WritableMapper, size: u64, count: u64) -> String {
+    let mut out = String::new();
+    for piece in 0..count {
+        let extent = mapper.lookup(piece * size, size).await.unwrap();
+        assert_eq!(extent.len, size);
+        out.push(match extent.mapping {
+            Mapping::Absent => '.',
+            Mapping::Zero => 'Z',
+            Mapping::Data(_) => 'D',
+            Mapping::Shared(_) => 'S',
+            Mapping::Compressed(_) => 'C',
+        });
+    }
+    out
+}
+
+async fn dirty(file: &Arc<SimFile>) -> bool {
+    let reader: Arc<dyn ReadAt> = file.clone();
+    qcow2().describe(&reader).await.unwrap().dirty
+}
+
+async fn snapshot(file: &Arc<SimFile>) {
+    let storage: Arc<dyn Storage> = file.clone();
+    let change = SnapshotChange::Create { name: "one".into(), date_sec: 1, date_nsec: 0 };
+    qcow2().snapshot(&storage, &change).await.unwrap();
+}
+
+#[test]
+fn a_fill_changes_only_what_is_absent() {
+    block_on(async {
+        let mut guest = Guest::new(&SMALL).await;
+        let late = guest.mapper.prepare(0, 6 * CLUSTER, Room::Data).await.unwrap();
+        assert_eq!((late.guest, late.len), (0, 6 * CLUSTER));
+        guest.write(8, 8).await.unwrap();
+        guest.zero(3, 1).await.unwrap();
+        assert_eq!(drawn(guest.mapper.as_ref(), CLUSTER, 6).await, ".D.Z..");
+        assert_eq!(late.commit(CommitMode::IfAbsent), 4 * CLUSTER);
+        assert_eq!(drawn(guest.mapper.as_ref(), CLUSTER, 6).await, "DDDZDD");
+        let zero = guest.mapper.prepare(6 * CLUSTER, 2 * CLUSTER, Room::Zero).await.unwrap();
+        assert_eq!(zero.commit(CommitMode::IfAbsent), 2 * CLUSTER);
+        guest.write(24, 8).await.unwrap();
+        assert_eq!(drawn(guest.mapper.as_ref(), CLUSTER, 9).await, "DDDDDDZZ.");
+        guest.mapper.close().await.unwrap();
+        assert_eq!(wrong(&guest.files.image).await, (0, 0));
+        assert_eq!(check(&guest.files.image).await.allocated_clusters, 6);
+    });
+}
+
+#[test]
+fn units_of_one_cluster_share_its_room() {
+    block_on(async {
+        let guest = Guest::new(&UNITS).await;
+        let mapper = guest.mapper.as_ref();
+        let first = mapper.prepare(2 * UNIT, UNIT, Room::Data).await.unwrap();
+        let second = mapper.prepare(5 * UNIT, 3 * UNIT, Room::Data).await.unwrap();
+        let dropped = mapper.prepare(20 * UNIT, UNIT, Room::Data).await.unwrap();
+        assert_eq!(first.at.unwrap() + 3 * UNIT, second.at.unwrap());
+        assert_eq!(first.at.unwrap() + 18 * UNIT, dropped.at.unwrap());
+        let place = first.at.unwrap() - 2 * UNIT;
+        assert_eq!(second.commit(CommitMode::IfAbsent), 3 * UNIT);
+        drop(first);
+        drop(dropped);
+        assert_eq!(drawn(mapper, UNIT, 10).await, ".....DDD..");
+        // A unit of a cluster that has a place goes there.
+        let third = mapper.prepare(0, UNIT, Room::Data).await.unwrap();
+        assert_eq!(third.at, Some(place));
+        third.commit(CommitMode::Overwrite);
+        let zero = mapper.prepare(UNIT, UNIT, Room::Zero).await.unwrap();
+        zero.commit(CommitMode::Overwrite);
+        assert_eq!(drawn(mapper, UNIT, 10).await, "DZ...DDD..");
+        // A reservation ends before a unit that is data.
+        let run = mapper.prepare(2 * UNIT, 10 * UNIT, Room::Data).await.unwrap();
+        assert_eq!((run.at, run.len), (Some(place + 2 * UNIT), 3 * UNIT));
+        drop(run);
+        assert_eq!(mapper.lookup(0, UNIT).await.unwrap().mapping, Mapping::Data(place));
+        mapper.close().await.unwrap();
+        assert_eq!(wrong(&guest.files.image).await, (0, 0));
+        assert_eq!(check(&guest.files.image).await.allocated_clusters, 1);
+    });
+}
+
+#[test]
+fn a_cluster_of_which_all_reservations_were_dropped_is_free() {
+    block_on(async {
+        let guest = Guest::new(&UNITS).await;
+        let held = [0, 3, 9].map(|unit| guest.mapper.prepare(unit * UNIT, UNIT, Room::Data));
+        let mut at = None;
+        for room in held {
+            at = at.max(room.await.unwrap().at);
+        }
+        let again = guest.mapper.prepare(64 * UNIT, UNIT, Room::Data).await.unwrap();
+        assert!(again.at <= at);
+        drop(again);
+        guest.mapper.close().await.unwrap();
+        assert_eq!(wrong(&guest.files.image).await, (0, 0));
+        assert_eq!(check(&guest.files.image).await.allocated_clusters, 0);
+    });
+}
+
+#[test]
+fn room_that_is_held_outlives_the_unlinking_of_its_cluster() {
+    block_on(async {
+        let mut guest = Guest::new(&UNITS).await;
+        guest.write(0, 1).await.unwrap();
+        guest.flush().await.unwrap();
+        let held = guest.mapper.prepare(5 * UNIT, UNIT, Room::Data).await.unwrap();
+        let at = held.at.unwrap();
+        guest.zero_clusters(0, 1).await.unwrap();
+        guest.flush().await.unwrap();
+        assert!(guest.mapper.take_unlinked().is_none(), "somebody may still write there");
+        // Whoever holds the room puts the cluster back where it was.
+        held.commit(CommitMode::Overwrite);
+        assert_eq!(guest.mapping(5 * UNIT).await.unwrap(), Mapping::Data(at));
+        assert_eq!(drawn(guest.mapper.as_ref(), UNIT, 7).await, "ZZZZZDZ");
+        guest.flush().await.unwrap();
+        assert!(guest.mapper.take_unlinked().is_none());
+        let held = guest.mapper.prepare(7 * UNIT, UNIT, Room::Data).await.unwrap();
+        guest.zero_clusters(0, 1).await.unwrap();
+        guest.flush().await.unwrap();
+        drop(held);
+        guest.flush().await.unwrap();
+        assert!(guest.mapper.take_unlinked().is_some());
+        guest.mapper.close().await.unwrap();
+        assert_eq!(wrong(&guest.files.image).await, (0, 0));
+    });
+}
+
+#[test]
+fn what_a_snapshot_shows_is_shared_until_it_is_copied() {
+    for shape in [SMALL, UNITS] {
+        block_on(async {
+            let cluster = shape.cluster_size();
+            let mut guest = Guest::new(&shape).await;
+            guest.write(0, 4 * cluster / 512).await.unwrap();
+            guest.mapper.close().await.unwrap();
+            snapshot(&guest.files.image).await;
+            guest.model.flushed();
+            let mut guest = Guest::open(guest.files, guest.model).await.unwrap();
+            guest.next_tag = 100;
+            let mapper = guest.mapper.clone();
+            assert_eq!(drawn(mapper.as_ref(), cluster, 5).await, "SSSS.");
+            guest.copy(1).await.unwrap();
+            assert_eq!(drawn(mapper.as_ref(), cluster, 5).await, "SDSS.");
+            guest.write(0, cluster / 512).await.unwrap();
+            assert_eq!(drawn(mapper.as_ref(), cluster, 5).await, "DDSS.");
+            guest.zero_clusters(2, 1).await.unwrap();
+            assert_eq!(drawn(mapper.as_ref(), cluster, 5).await, "DDZS.");
+            // A fill never replaces what is there.
+            let late = mapper.prepare(3 * cluster, cluster, Room::Data).await.unwrap();
+            assert_eq!(late.commit(CommitMode::IfAbsent), 0);
+            guest.check_reads().await;
+            guest.flush().await.unwrap();
+            assert!(mapper.take_unlinked().is_none(), "the snapshot still has them");
+            mapper.close().await.unwrap();
+            assert_eq!(wrong(&guest.files.image).await, (0, 0));
+            let storage: Arc<dyn Storage> = guest.files.image.clone();
+            qcow2().snapshot(&storage, &SnapshotChange::Delete("one".into())).await.unwrap();
+            assert_eq!(wrong(&guest.files.image).await, (0, 0));
+            Guest::open(guest.files, guest.model).await.unwrap().check_reads().await;
+        });
+    }
+}
+
+#[test]
+fn an_absent_unit_of_a_shared_cluster_has_no_room_before_the_copy() {
+    block_on(async {
+        let mut guest = Guest::new(&UNITS).await;
+        guest.write(0, 1).await.unwrap();
+        guest.mapper.close().await.unwrap();
+        snapshot(&guest.files.image).await;
+        guest.model.flushed();
+        let mut guest = Guest::open(guest.files, guest.model).await.unwrap();
+        let refused = guest.mapper.prepare(3 * UNIT, UNIT, Room::Data).await.map(drop);
+        assert!(matches!(refused, Err(FormatError::CopyFirst)), "{refused:?}");
+        guest.copy(0).await.unwrap();
+        assert_eq!(drawn(guest.mapper.as_ref(), UNIT, 4).await, "D...");
+        guest.fill(0, 6).await.unwrap();
+        assert_eq!(drawn(guest.mapper.as_ref(), UNIT, 7).await, "DDDDDD.");
+        guest.check_reads().await;
+        guest.mapper.close().await.unwrap();
+        assert_eq!(wrong(&guest.files.image).await, (0, 0));
+    });
+}
+
+#[test]
+fn extents_merge_what_lies_together() {
+    block_on(async {
+        for shape in [SMALL, UNITS] {
+            let (unit, cluster) = (shape.unit(), shape.cluster_size());
+            let mut guest = Guest::new(&shape).await;
+            let lookup = async |guest: &Guest, offset, len| guest.mapper.lookup(offset, len).await.unwrap();
+            let absent = lookup(&guest, 512, u64::MAX).await;
+            assert_eq!(absent, Extent { mapping: Mapping::Absent, len: shape.size - 512 });
+            guest.fill(2 * cluster / unit, 5 * cluster / unit).await.unwrap();
+            guest.zero(7 * cluster / unit, 3 * cluster / unit).await.unwrap();
+            let data = lookup(&guest, 2 * cluster + 100, u64::MAX).await;
+            let Mapping::Data(at) = data.mapping else { panic!("{data:?}") };
+            assert_eq!((at % cluster, data.len), (100, 5 * cluster - 100));
+            let zero = lookup(&guest, 8 * cluster + 7, u64::MAX).await;
+            assert_eq!(zero, Extent { mapping: Mapping::Zero, len: 2 * cluster - 7 });
+            let short = lookup(&guest, 8 * cluster, 7).await;
+            assert_eq!(short, Extent { mapping: Mapping::Zero, len: 7 });
+            let past = guest.mapper.lookup(shape.size, 1).await.unwrap_err();
+            assert!(matches!(past, FormatError::Invalid(_)), "{past}");
+        }
+    });
+}
+
+#[test]
+fn a_run_stops_at_a_table_and_at_the_end() {
+    block_on(async {
+        let guest = Guest::new(&SMALL).await;
+        let across = guest.mapper.prepare(510 * CLUSTER, 10 * CLUSTER, Room::Data).await.unwrap();
+        assert_eq!(across.len, 2 * CLUSTER);
+        let end = SMALL.size.div_ceil(CLUSTER) * CLUSTER;
+        let last = guest.mapper.prepare(end - CLUSTER, 4 * CLUSTER, Room::Data).await.unwrap();
+        assert_eq!(last.len, CLUSTER);
+        assert!(guest.mapper.prepare(end, CLUSTER, Room::Data).await.is_err());
+        assert!(guest.mapper.prepare(100, CLUSTER, Room::Data).await.is_err());
+        assert!(guest.mapper.prepare(0, 0, Room::Data).await.is_err());
+        let guest = Guest::new(&UNITS).await;
+        // Part of a cluster, then whole ones, then the units that the guest has of the last one.
+        let part = guest.mapper.prepare(30 * UNIT, 70 * UNIT, Room::Data).await.unwrap();
+        assert_eq!(part.len, 2 * UNIT);
+        let whole = guest.mapper.prepare(32 * UNIT, 70 * UNIT, Room::Data).await.unwrap();
+        assert_eq!(whole.len, 64 * UNIT);
+        let end = guest.mapper.prepare(UNITS.size - 3 * UNIT, 99 * UNIT, Room::Data).await.unwrap();
+        assert_eq!(end.len, 3 * UNIT);
+    });
+}
+
+#[test]
+fn sixty_four_fills_cost_four_syncs_until_closed() {
+    for lazy in [false, true] {
+        let shape = Shape { cluster_bits: 16, size: 64 << 20, lazy, ..SMALL };
+        block_on(async {
+            let mut guest = Guest::new(&shape).await;
+            let syncs = guest.files.image.sync_count();
+            for cluster in 0..64 {
+                guest.fill(cluster * 7, 1).await.unwrap();
+            }
+            guest.mapper.close().await.unwrap();
+            let syncs = guest.files.image.sync_count() - syncs;
+            assert!(syncs <= 4, "lazy {lazy}: {syncs}");
+            assert_eq!(wrong(&guest.files.image).await, (0, 0));
+        });
+    }
+}
+
+#[test]
+fn the_marks_are_there_while_clusters_are_allocated() {
+    block_on(async {
+        let mut guest = Guest::new(&SMALL).await;
+        let file = guest.files.image.clone();
+        assert!(!dirty(&file).await);
+        guest.fill(0, 1).await.unwrap();
+        assert!(dirty(&file).await);
+        let held = guest.mapper.prepare(CLUSTER, CLUSTER, Room::Data).await.unwrap();
+        guest.mapper.settle().await.unwrap();
+        assert!(dirty(&file).await, "something is in flight");
+        drop(held);
+        guest.mapper.settle().await.unwrap();
+        assert!(!dirty(&file).await);
+        assert_eq!(wrong(&file).await, (0, 0));
+        guest.fill(2, 1).await.unwrap();
+        assert!(dirty(&file).await);
+        guest.mapper.close().await.unwrap();
+        assert!(!dirty(&file).await);
+        assert_eq!(wrong(&file).await, (0, 0));
+        guest.check_reads().await;
+    });
+}
+
+#[test]
+fn foreign_autoclear_bits_go_with_the_first_change() {
+    block_on(async {
+        let files = create(&SMALL).await;
+        // All autoclear bits, and one unknown compatible bit.
+        files.image.write(88, vec![0xff; 8].into()).await.unwrap();
+        files.image.write(80, vec![0x40].into()).await.unwrap();
+        let mut guest = Guest::open(files.clone(), Model::new(SMALL)).await.unwrap();
+        assert_eq!(files.image.contents()[88..96], [0xff; 8], "opening changes nothing");
+        guest.fill(0, 1).await.unwrap();
+        assert_eq!(files.image.contents()[88..96], [0x80, 0, 0, 0, 0, 0, 0, 2]);
+        assert_eq!(files.image.contents()[80], 0x40, "unknown compatible bits stay");
+    });
+}
+
+#[test]
+fn a_corrupt_image_is_not_written() {
+    block_on(async {
+        let files = create(&SMALL).await;
+        files.image.write(79, vec![2].into()).await.unwrap();
+        let refused = Guest::open(files.clone(), Model::new(SMALL)).await.map(drop).unwrap_err();
+        assert_eq!(refused.to_string(), "qcow2: Image is corrupt; cannot be opened read/write");
+        assert!(qcow2().open(files.image).await.is_ok(), "it can be read");
+    });
+}
+
+/// The word that the L1 or L2 table at `table` has at `index`.
+fn word(file: &SimFile, table: u64, index: u64) -> u64 {
+    let at = (table + index * 8) as usize;
+    u64::from_be_bytes(file.contents()[at..at + 8].try_into().unwrap())
+}
+
+#[test]
+fn corruption_met_while_writing_is_marked() {
+    // What entry 1 of the first L2 table is made to be, from the offsets of header tables and of that table.
+    let broken: [(&str, fn(u64, u64, u64) -> u64); 8] = [
+        ("unaligned", |_, _, _| 0x8000_0000_0001_0200),
+        ("behind the end", |_, _, _| 0x8000_0000_7000_0000),
+        ("the L1 table", |l1, _, _| 1 << 63 | l1),
+        ("the refcount table", |_, refcounts, _| 1 << 63 | refcounts),
+        ("a refcount block", |_, refcounts, _| 1 << 63 | (refcounts + 4096)),
+        ("an L2 table", |_, _, l2| 1 << 63 | l2),
+        ("reserved bits", |_, _, _| 0x8100_0000_0001_0000),
+        ("the header, compressed", |_, _, _| 1 << 62 | 0x100),
+    ];
+    for (what, make) in broken {
+        block_on(async {
+            let mut guest = Guest::new(&SMALL).await;
+            guest.fill(0, 4).await.unwrap();
+            guest.mapper.close().await.unwrap();
+            let file = guest.files.image.clone();
+            let (l1, refcounts) = (word(&file, 40, 0), word(&file, 48, 0));
+            let l2 = word(&file, l1, 0) & 0x00ff_ffff_ffff_fe00;
+            file.write(l2 + 8, make(l1, refcounts, l2).to_be_bytes().to_vec().into()).await.unwrap();
+            let before = file.contents();
+            let guest = Guest::open(guest.files, guest.model).await.unwrap();
+            assert!(guest.mapper.lookup(CLUSTER, 1).await.is_err(), "{what}");
+            assert!(guest.mapper.lookup(0, 1).await.is_ok(), "{what}");
+            assert_eq!(file.contents(), before, "{what}: reading changes nothing");
+            let error = guest.mapper.prepare(CLUSTER, CLUSTER, Room::Data).await.map(drop).unwrap_err();
+            assert!(matches!(error, FormatError::Corrupt { .. }), "{what}: {error}");
+            assert_eq!(file.contents()[79] & 2, 2, "{what}");
+            let error = guest.mapper.prepare(9 * CLUSTER, CLUSTER, Room::Data).await.map(drop).unwrap_err();
+            assert!(matches!(error, FormatError::Corrupt { .. }), "{what}: {error}");
+        });
+    }
+}
+
+#[test]
+fn many_tasks_at_once() {
+    for shape in [SMALL, UNITS] {
+        for seed in 0..12 {
+            block_on(async {
+                let guest = Guest::new(&shape).await;
+                let file = guest.files.image.clone();
+                file.set_yields(seed, 3);
+                file.set_now_calls(NowCalls::Random(seed));
+                let mapper = guest.mapper.clone();
+                let unit = shape.unit();
+                // Units of thirty neighbourhoods are filled side by side.
+                let mut tasks = Vec::new();
+                for task in 0..90_u64 {
+                    let (mapper, file) = (mapper.clone(), file.clone());
+                    tasks.push(async move {
+                        let number = task % 30 * 40 + task / 30;
+                        let room = mapper.prepare(number * unit, unit, Room::Data).await.unwrap();
+                        let sectors = number * unit / 512..(number + 1) * unit / 512;
+                        let tags = sectors.flat_map(|sector| sector_of(backing_tag(&shape, sector)));
+                        file.write(room.at.unwrap(), tags.collect::<Vec<u8>>().into()).await.unwrap();
+                        assert_eq!(room.commit(CommitMode::IfAbsent), unit);
+                        if task % 7 == 0 {
+                            mapper.flush(Durability::Durable).await.unwrap();
+                        }
+                        let extent = mapper.lookup(number * unit, 1).await.unwrap();
+                        assert!(matches!(extent.mapping, Mapping::Data(_)));
+                    });
+                }
+                join_all(tasks).await;
+                guest.check_reads().await;
+                guest.mapper.close().await.unwrap();
+                assert_eq!(wrong(&file).await, (0, 0), "{shape:?} seed {seed}");
+                guest.check_reads().await;
+            });
+        }
+    }
+}
+
+async fn join_all<F: Future<Output = ()>>(tasks: Vec<F>) {
+    let mut tasks: Vec<_> = tasks.into_iter().map(|task| Some(Box::pin(task))).collect();
+    std::future::poll_fn(|cx| {
+        for place in &mut tasks {
+            if place.as_mut().is_some_and(|task| task.as_mut().poll(cx).is_ready()) {
+                *place = None;
+            }
+        }
+        if tasks.iter().all(Option::is_none) { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+    })
+    .await;
+}
+
+#[test]
+fn entries_of_two_words_are_seen_whole_by_other_threads() {
+    // Units go from zero to data, to zero, to a new place: a reader who saw the words of two moments would see data in no
+    // place, or a place without data.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).build().unwrap();
+    runtime.block_on(async {
+        let files = create(&Shape { backing: false, ..UNITS }).await;
+        let mapper = qcow2().open_writable(files.image.clone(), None, TokioRuntime::current()).await.unwrap();
+        let done = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let mut readers = Vec::new();
+        for _ in 0..2 {
+            let (mapper, done) = (mapper.clone(), done.clone());
+            readers.push(tokio::spawn(async move {
+                let mut seen = [0_u64; 3];
+                while !done.load(std::sync::atomic::Ordering::Acquire) {
+                    for _ in 0..1000 {
+                        let Some(extent) = mapper.lookup_now(0, 1 << 20) else { continue };
+                        let extent = extent.unwrap();
+                        match extent.mapping {
+                            Mapping::Absent => seen[0] += 1,
+                            Mapping::Zero => seen[1] += 1,
+                            Mapping::Data(at) => {
+                                assert!(at.is_multiple_of(16384) && at > 0, "{at}");
+                                assert!(extent.len >= 16384, "{}", extent.len);
+                                seen[2] += 1;
+                            }
+                            other => panic!("{other:?}"),
+                        }
+                    }
+                    tokio::task::yield_now().await;
+                }
+                seen
+            }));
+        }
+        for step in 0..3000 {
+            let room = mapper.prepare(0, 16384, Room::Data).await.unwrap();
+            assert_eq!(room.commit(CommitMode::Overwrite), 16384);
+            let room = mapper.prepare(0, 16384, Room::Zero).await.unwrap();
+            room.commit(CommitMode::Overwrite);
+            if step % 10 == 0 {
+                mapper.flush(Durability::Durable).await.unwrap();
+                mapper.take_unlinked().unwrap().reuse();
+            }
+        }
+        done.store(true, std::sync::atomic::Ordering::Release);
+        for reader in readers {
+            let seen = reader.await.unwrap();
+            assert!(seen[1] + seen[2] > 0, "{seen:?}");
+        }
+        mapper.close().await.unwrap();
+        assert_eq!(wrong(&files.image).await, (0, 0));
+    });
+}
+
+#[test]
+fn slices_are_lost_and_read_again_under_many_threads() {
+    // Slices that share their place in the cache, more than fit there, and that threads share: a stale copy of one would
+    // lose a link.
+    let shape = Shape { size: 128 << 30, backing: false, ..SMALL };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).build().unwrap();
+    runtime.block_on(async {
+        let files = create(&shape).await;
+        let mapper = qcow2().open_writable(files.image.clone(), None, TokioRuntime::current()).await.unwrap();
+        let mut tasks = Vec::new();
+        for thread in 0..4_u64 {
+            let mapper = mapper.clone();
+            tasks.push(tokio::spawn(async move {
+                let mut rng = rng(thread);
+                let mut mine = Vec::new();
+                for step in 0..4000_u64 {
+                    // Every thread has a cluster of its own in each slice.
+                    let slice = rng.random_range(0..32) * 2048 + rng.random_range(0..4);
+                    let guest = (slice * 512 + thread * 3 + rng.random_range(0..3)) * CLUSTER;
+                    let extent = mapper.lookup(guest, CLUSTER).await.unwrap();
+                    if extent.mapping == Mapping::Absent {
+                        let room = mapper.prepare(guest, CLUSTER, Room::Data).await.unwrap();
+                        let at = room.at.unwrap();
+                        assert_eq!(room.commit(CommitMode::Overwrite), CLUSTER);
+                        mine.push((guest, at));
+                    }
+                    for _ in 0..3 {
+                        let other = rng.random_range(0..32) * 2048 + rng.random_range(0..4);
+                        let _ = mapper.lookup_now(other * 512 * CLUSTER, 1);
+                    }
+                    if let Some(&(guest, at)) = mine.get(rng.random_range(0..=mine.len())) {
+                        let found = match mapper.lookup_now(guest, 1) {
+                            Some(found) => found.unwrap(),
+                            None => mapper.lookup(guest, 1).await.unwrap(),
+                        };
+                        assert_eq!(found.mapping, Mapping::Data(at));
+                    }
+                    match step % 500 {
+                        100 => mapper.flush(Durability::Linked).await.unwrap(),
+                        400 => mapper.flush(Durability::Durable).await.unwrap(),
+                        _ => {}
+                    }
+                }
+                mine
+            }));
+        }
+        let mut all = Vec::new();
+        for task in tasks {
+            all.extend(task.await.unwrap());
+        }
+        mapper.close().await.unwrap();
+        let reader = qcow2().open(files.image.clone()).await.unwrap();
+        for &(guest, at) in &all {
+            assert_eq!(reader.lookup(guest, 1).await.unwrap().mapping, Mapping::Data(at));
+        }
+        let report = check(&files.image).await;
+        assert_eq!((report.corruptions, report.leaks), (0, 0));
+        assert_eq!(report.allocated_clusters, all.len() as u64);
+    });
+}
+
+#[test]
+fn every_size_of_clusters_and_refcounts_works() {
+    for (cluster_bits, refcount_bits) in
+        (9..=21).flat_map(|bits| [(bits, 16), (bits, [1, 2, 4, 8, 32, 64][bits as usize % 6])])
+    {
+        let cluster = 1_u64 << cluster_bits;
+        let shape = Shape { cluster_bits, refcount_bits, size: cluster * 3 + 512, ..SMALL };
+        block_on(async {
+            let files = create(&shape).await;
+            let mapper =
+                qcow2().open_writable(files.image.clone(), None, TokioRuntime::current()).await.unwrap();
+            let room = mapper.prepare(cluster, cluster * 2, Room::Data).await.unwrap();
+            assert_eq!(room.len, cluster * 2);
+            files.image.write(room.at.unwrap(), vec![1; 512].into()).await.unwrap();
+            room.commit(CommitMode::IfAbsent);
+            let zero = mapper.prepare(cluster * 3, cluster, Room::Zero).await.unwrap();
+            zero.commit(CommitMode::Overwrite);
+            mapper.close().await.unwrap();
+            let report = check(&files.image).await;
+            let found = (report.corruptions, report.leaks, report.allocated_clusters);
+            assert_eq!(found, (0, 0, 2), "{shape:?}");
+            let reader = qcow2().open(files.image.clone()).await.unwrap();
+            let data = reader.lookup(cluster, u64::MAX).await.unwrap();
+            assert_eq!(data.len, cluster * 2, "{shape:?}");
+            let end = reader.lookup(cluster * 3, u64::MAX).await.unwrap();
+            assert_eq!(end, Extent { mapping: Mapping::Zero, len: 512 });
+        });
+    }
+}
+
+#[test]
+fn a_table_for_every_half_gib() {
+    // 16 TiB, every L2 table there: what is read at open and kept does not grow with that.
+    let shape = Shape { cluster_bits: 16, size: 16 << 40, backing: false, ..SMALL };
+    block_on(async {
+        let files = create(&shape).await;
+        let file = &files.image;
+        let tables = 32768_u64;
+        let first = file.len().next_multiple_of(65536);
+        let l1: Vec<u8> =
+            (0..tables).flat_map(|table| (1 << 63 | (first + table * 65536)).to_be_bytes()).collect();
+        let l1_offset = word(file, 40, 0);
+        file.write(l1_offset, l1.into()).await.unwrap();
+        file.set_len(first + tables * 65536).await.unwrap();
+        let ops = file.op_count();
+        let mapper = qcow2().open_writable(file.clone(), None, TokioRuntime::current()).await.unwrap();
+        // The header, the refcount table, the block that counts the end, the L1 table.
+        assert!(file.op_count() - ops <= 5, "{}", file.op_count() - ops);
+        let mut rng = rng(9);
+        for _ in 0..100_000 {
+            let offset = rng.random_range(0..shape.size);
+            assert_eq!(mapper.lookup_now(offset, 1).unwrap().unwrap().mapping, Mapping::Absent);
+        }
+    });
+}
+
+#[test]
+fn holes_of_earlier_sessions_are_used_again() {
+    block_on(async {
+        let shape = Shape { cluster_bits: 16, size: 64 << 20, ..SMALL };
+        let mut guest = Guest::new(&shape).await;
+        guest.fill(0, 400).await.unwrap();
+        guest.zero_clusters(0, 300).await.unwrap();
+        guest.mapper.close().await.unwrap();
+        let len = guest.files.image.len();
+        let mut model = guest.model.clone();
+        model.flushed();
+        let mut guest = Guest::open(guest.files.clone(), model).await.unwrap();
+        for unit in 500..800 {
+            guest.fill(unit, 1).await.unwrap();
+            tokio::task::yield_now().await;
+        }
+        guest.mapper.close().await.unwrap();
+        // The first cluster told that there is need; the next ones went into the holes.
+        assert!(guest.files.image.len() <= len + 8 * 65536, "{} {len}", guest.files.image.len());
+        guest.check_reads().await;
+        assert_eq!(wrong(&guest.files.image).await, (0, 0));
+    });
+}
+
+#[test]
+fn closing_leaves_nothing_after_anything() {
+    for seed in 0..12 {
+        block_on(async {
+            let shape = [SMALL, UNITS, Shape { lazy: true, ..SMALL }][seed as usize % 3];
+            let mut rng = rng(seed);
+            let mut guest = Guest::new(&shape).await;
+            for _ in 0..5 {
+                for _ in 0..20 {
+                    let op = random_op(&mut rng, &shape);
+                    guest.run(&op).await.unwrap();
+                }
+                guest.mapper.close().await.unwrap();
+                assert_eq!(wrong(&guest.files.image).await, (0, 0), "seed {seed}");
+                assert!(!dirty(&guest.files.image).await);
+                guest.check_reads().await;
+            }
+        });
+    }
+}
+
+#[test]
+fn a_last_cluster_that_the_file_cuts_off_reads_as_zeros_and_is_written() {
+    block_on(async {
+        let mut guest = Guest::new(&SMALL).await;
+        guest.fill(0, 1).await.unwrap();
+        guest.mapper.close().await.unwrap();
+        let file = guest.files.image.clone();
+        let Mapping::Data(at) = guest.mapping(0).await.unwrap() else { panic!("it was filled") };
+        assert_eq!(at + CLUSTER, file.len());
+        file.set_len(at + 1024).await.unwrap();
+        let reader = driver("qcow2").unwrap().open(file.clone()).await.unwrap();
+        let data = reader.lookup(0, CLUSTER).await.unwrap();
+        assert_eq!(data, Extent { mapping: Mapping::Data(at), len: 1024 });
+        let rest = reader.lookup(1024, CLUSTER).await.unwrap();
+        assert_eq!(rest, Extent { mapping: Mapping::Zero, len: CLUSTER - 1024 });
+        let mut model = Model::new(SMALL);
+        (2..8).for_each(|sector| model.write(sector, 0));
+        model.flushed();
+        let files = Files { image: file.clone(), data: None };
+        let mut guest = Guest::open(files, model).await.unwrap();
+        guest.write(5, 1).await.unwrap();
+        guest.check_reads().await;
+        guest.fill(1, 3).await.unwrap();
+        guest.check_reads().await;
+        guest.mapper.close().await.unwrap();
+        assert_eq!(wrong(&file).await, (0, 0));
+    });
+}
