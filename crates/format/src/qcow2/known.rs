@@ -25,9 +25,16 @@ struct State {
     made: BTreeMap<u64, u64>,
     /// Where the file's clusters ended when it was opened, bytes.
     end: u64,
-    /// Slices that were pinned since then, and their bad entries: the others may lie past `end`. 16 bytes for each slice, and
+    /// Slices that were pinned since then, and their bad entries: the others may lie past `end`. 24 bytes for each slice, and
     /// the image's size bounds them.
-    touched: BTreeMap<u64, Box<[u64]>>,
+    touched: BTreeMap<u64, Touched>,
+}
+
+/// A slice that was pinned.
+struct Touched {
+    bad: Box<[u64]>,
+    /// Whether the file system holds room for it.
+    has_room: bool,
 }
 
 impl Known {
@@ -61,7 +68,20 @@ impl Known {
 
     /// A slice is about to be changed; these are its bad entries.
     pub(super) fn touch(&self, slice_index: u64, bad: impl FnOnce() -> Box<[u64]>) {
-        self.state.write().touched.entry(slice_index).or_insert_with(bad);
+        let touched = || Touched { bad: bad(), has_room: false };
+        self.state.write().touched.entry(slice_index).or_insert_with(touched);
+    }
+
+    /// Whether the file system holds room for a slice that was touched.
+    pub(super) fn has_room(&self, slice_index: u64) -> bool {
+        self.state.read().touched.get(&slice_index).is_some_and(|touched| touched.has_room)
+    }
+
+    /// From now on it does.
+    pub(super) fn room_made(&self, slice_index: u64) {
+        if let Some(touched) = self.state.write().touched.get_mut(&slice_index) {
+            touched.has_room = true;
+        }
     }
 
     /// Calls `work` with a function that says whether entry so-and-so of the slice may have its data in the cluster at
@@ -78,7 +98,9 @@ impl Known {
         // Runs of clusters are the rule: what follows a cluster known to lie before the next table needs no search.
         let mut clear = 0..0;
         work(&mut |at, offset| {
-            if offset.saturating_add(cluster_size) > end || touched.is_some_and(|bad| bad.contains(&at)) {
+            if offset.saturating_add(cluster_size) > end
+                || touched.is_some_and(|touched| touched.bad.contains(&at))
+            {
                 return false;
             }
             if !clear.contains(&offset) {

@@ -13,7 +13,10 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use readonce_storage::Storage;
 
-use super::header::{Header, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, SectorWrite};
+use super::{
+    change,
+    header::{Header, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, SectorWrite},
+};
 use crate::FormatError;
 
 pub(super) struct Mark {
@@ -36,6 +39,8 @@ struct State {
     closing: bool,
     /// Whether corruption was met.
     corrupt: bool,
+    /// Whether an image without a place for the mark was to get one.
+    adopted: bool,
     tickets: u64,
 }
 
@@ -53,7 +58,8 @@ impl Mark {
         let lazy = header.lazy_refcounts();
         let autoclear = header.clone().clear_autoclear().is_some();
         let ready = header.record.in_use && !autoclear && lazy == header.dirty();
-        let state = State { ready, autoclear, closing: false, corrupt: header.corrupt(), tickets: 0 };
+        let state =
+            State { ready, autoclear, closing: false, corrupt: header.corrupt(), adopted: false, tickets: 0 };
         Self {
             file,
             lazy,
@@ -79,6 +85,10 @@ impl Mark {
             let mut header = self.header.lock().await;
             if self.state.lock().ready {
                 continue;
+            }
+            if !header.has_mark() && !std::mem::replace(&mut self.state.lock().adopted, true) {
+                // Made by another program: it gets a place for the mark, where there is room for one.
+                *header = change::adopt(&self.file, header.clone()).await?;
             }
             let before = header.clone();
             let mut writes: Vec<SectorWrite> = header.clear_autoclear().into_iter().collect();

@@ -353,11 +353,10 @@ impl Tables {
         let mut pinned = shard.pinned.lock();
         let entry = pinned.entry(slice_index).or_insert_with(|| Pinned { slice: slice.clone(), pins: 0 });
         entry.pins += 1;
-        let first = entry.pins == 1;
-        if first {
+        if entry.pins == 1 {
             self.known().touch(slice_index, || slice.bad_entries());
         }
-        Ok(Pin { tables: self.clone(), slice, first })
+        Ok(Pin { tables: self.clone(), slice })
     }
 
     /// Waits until nobody reads a table that was in the L1 table before this call.
@@ -375,15 +374,9 @@ const _: () = assert!(SLICE_BYTES_MAX == 4096);
 pub(super) struct Pin {
     tables: Arc<Tables>,
     slice: Arc<Slice>,
-    first: bool,
 }
 
 impl Pin {
-    /// Whether nobody else held the slice when this pin was made.
-    pub(super) fn is_first(&self) -> bool {
-        self.first
-    }
-
     pub(super) fn slice(&self) -> &Slice {
         &self.slice
     }
@@ -395,7 +388,7 @@ impl Clone for Pin {
         if let Some(pinned) = self.tables.shard(slice_index).pinned.lock().get_mut(&slice_index) {
             pinned.pins += 1;
         }
-        Self { tables: self.tables.clone(), slice: self.slice.clone(), first: false }
+        Self { tables: self.tables.clone(), slice: self.slice.clone() }
     }
 }
 

@@ -274,11 +274,13 @@ impl Core {
         self.own_table(layout.l1_index(guest)).await?;
         let slice_index = layout.slice_index(guest);
         let pin = self.tables.pin(slice_index).await?;
-        if pin.is_first()
+        let known = self.tables.known();
+        if !known.has_room(slice_index)
             && let L1Entry::Own(table) = self.tables.l1.entry(layout.l1_index(guest)).await?
         {
             // A table that another program made may be a hole in the file.
             self.file.allocate(table + layout.slice_in_table(slice_index), layout.slice_bytes()).await?;
+            known.room_made(slice_index);
         }
         let room = match room {
             Room::Zero => self.hold_zero(&pin, &mut span)?,
