@@ -247,6 +247,12 @@ pub trait Driver: Send + Sync {
         rt: Rt,
     ) -> BoxFuture<'static, Result<Arc<dyn WritableMapper>, FormatError>>;
 
+    /// Whether [`Driver::open_writable`] itself mends what an image that was not closed clean may have wrong. Else it is checked
+    /// before, where it has no backing: another program may have written links before their data.
+    fn mends_itself(&self) -> bool {
+        false
+    }
+
     /// Checks. `Unsupported` for raw.
     fn check<'a>(&self, file: &'a Arc<dyn ReadAt>) -> BoxFuture<'a, Result<CheckReport, FormatError>>;
 

@@ -103,6 +103,11 @@ impl Driver for Qcow2 {
         })
     }
 
+    fn mends_itself(&self) -> bool {
+        // Refcounts that were to be written late are counted anew; all else is in order whenever the power fails.
+        true
+    }
+
     fn check<'a>(&self, file: &'a Arc<dyn ReadAt>) -> BoxFuture<'a, Result<CheckReport, FormatError>> {
         Box::pin(check::check(file))
     }
