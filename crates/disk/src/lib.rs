@@ -6,6 +6,7 @@
 //! - `copy`: clusters that are copied before they are written. `uses`: who may still read what was unlinked.
 //! - `compressed`: compressed clusters, decompressed once.
 //! - `source`: what an image has behind it; `base`: a read-only layer; `lazy`: one that is opened when needed.
+//! - `pieces`: an origin far away, read in larger pieces that are kept.
 //! - `chain`: opening all of it under one policy.
 //! - `status`: which layer holds a range.
 //!
@@ -23,6 +24,7 @@ pub mod flush;
 pub mod image;
 pub mod inflight;
 pub mod lazy;
+pub mod pieces;
 mod ranges;
 pub mod read;
 pub mod source;

@@ -10,10 +10,10 @@ use readonce_origin::{Locator, Origin, OriginOptions, Version, open::Reach};
 use readonce_storage::{BoxFuture, ImageLock, LocalFile, ReadAt, Storage, local::OpenMode, lock::Access};
 
 use super::{
-    CHAIN_DEPTH_MAX, CopyOnRead, Locks, OnChange, OpenError, Shared, driver_of,
+    CHAIN_DEPTH_MAX, CopyOnRead, Locks, OnChange, OpenError, Shared, driver_of, files,
     layers::{lock_for_reading, version_of},
 };
-use crate::{Base, BaseFiles, Image, ImageOptions, LayerError, Lazy, Source};
+use crate::{Base, Image, ImageFiles, ImageOptions, LayerError, Lazy, Source};
 
 /// One step down a chain.
 #[derive(Clone)]
@@ -97,16 +97,17 @@ impl Step {
             // Kept only once all is open: what fails, or is dropped half-way, is tried again and must find nothing in its way.
             let lock = lock_for_reading(&self.locator, &shared.options)
                 .map_err(|error| failed(error.to_string()))?;
-            let origin = self.origin(shared).await?;
+            let asked = self.origin(shared).await?;
+            let origin = files::read_through(&self.locator, Arc::clone(&asked), shared);
             let file: Arc<dyn ReadAt> = origin.clone();
             let driver = driver_of(&*file, self.format.as_deref()).await.map_err(failed)?;
             let description = driver.describe(&file).await.map_err(|error| failed(error.to_string()))?;
             let mapper = driver.open(file).await.map_err(|error| failed(error.to_string()))?;
             let backing = self.next(shared, &description)?;
             shared.opened(name.clone(), driver.name(), false);
-            shared.locks.lock().extend(lock);
-            shared.origins.lock().push(Arc::clone(&origin));
-            let files = BaseFiles { own: origin.clone(), data: origin };
+            let (files, data_lock) = files::for_reading(shared, &self.locator, origin, &description).await?;
+            shared.locks.lock().extend(lock.into_iter().chain(data_lock));
+            shared.origins.lock().push(asked);
             Ok(Arc::new(Base::new(mapper, files, backing, &shared.rt)) as Arc<dyn Source>)
         })
     }
@@ -127,6 +128,10 @@ impl Step {
         if !description.copy_on_read || description.backing.is_none() {
             return Ok(None);
         }
+        if files::is_marked_corrupt(&description) {
+            shared.warn(format!("{name} is not filled: it is marked corrupt"));
+            return Ok(None);
+        }
         let lock = match ImageLock::take(&file, Access::Write) {
             Ok(lock) => lock,
             Err(error) => {
@@ -138,15 +143,18 @@ impl Step {
         let mut description = driver.describe(&readable).await.map_err(|error| failed(error.to_string()))?;
         let storage: Arc<dyn Storage> = file;
         self.pin_what_it_fills_from(shared, &storage, driver, &mut description).await?;
+        let data = files::for_writing(shared, &self.locator, &description)?;
+        let (data, data_lock) = data.map_or((None, None), |(data, lock)| (Some(data), lock));
         let mapper = driver
-            .open_writable(Arc::clone(&storage), None, Arc::clone(&shared.rt))
+            .open_writable(Arc::clone(&storage), data.clone(), Arc::clone(&shared.rt))
             .await
             .map_err(|error| failed(error.to_string()))?;
         let backing = self.next(shared, &description)?;
         shared.opened(name.clone(), driver.name(), true);
-        shared.locks.lock().push(lock);
+        shared.locks.lock().extend(std::iter::once(lock).chain(data_lock));
         let options = ImageOptions { copy_on_read: true, ..ImageOptions::default() };
-        let image = Image::new(mapper, storage, backing, Arc::clone(&shared.rt), options);
+        let files = ImageFiles { own: Arc::clone(&storage), data: data.unwrap_or(storage) };
+        let image = Image::new(mapper, files, backing, Arc::clone(&shared.rt), options);
         image.start_reclaim();
         shared.images.lock().push(Arc::clone(&image));
         Ok(Some(image))

@@ -7,9 +7,11 @@
 //! - An image names its backing, but the user's policy decides whether that is opened (I8).
 //!
 //! Here: what is asked and what is answered. `top` opens an image to be used, `backing` what lies behind one,
-//! `layers` a whole chain to be looked at.
+//! `files` the files of an
+//! image, `layers` a whole chain to be looked at.
 
 mod backing;
+mod files;
 mod layers;
 mod top;
 

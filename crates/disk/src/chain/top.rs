@@ -22,10 +22,10 @@ use readonce_storage::{
 use super::{
     Chain, ChainOptions, CopyOnRead, Locks, OnChange, OpenError, Reporter, Shared,
     backing::{Step, keep_pin, offline, refused},
-    driver_of,
+    driver_of, files,
     layers::lock_for_reading,
 };
-use crate::{Base, BaseFiles, Disk, Image, ImageOptions, LayerError, Source, Top};
+use crate::{Base, Disk, Image, ImageFiles, ImageOptions, LayerError, Source, Top};
 
 /// Opens the chain whose top is at `name`.
 ///
@@ -92,6 +92,12 @@ impl Opening {
         if self.options().read_only && !copy_on_read {
             return self.open_base().await;
         }
+        if files::is_marked_corrupt(&description) {
+            let name = self.locator.printable();
+            self.shared
+                .warn(format!("{name} is marked corrupt: it is served read-only (check -r all mends it)"));
+            return self.open_base().await;
+        }
         self.open_image(file, driver, copy_on_read).await
     }
 
@@ -115,6 +121,7 @@ impl Opening {
             .await
             .map_err(|error| self.failed(error))?;
         self.shared.origins.lock().push(Arc::clone(&origin));
+        let origin = files::read_through(&self.locator, origin, &self.shared);
         let file: Arc<dyn ReadAt> = origin.clone();
         let driver =
             driver_of(&*file, self.options().format.as_deref()).await.map_err(|error| self.failed(error))?;
@@ -123,7 +130,9 @@ impl Opening {
         self.shared.opened(name, driver.name(), false);
         let size = mapper.geometry().size;
         let backing = self.backing(&description).await?;
-        let files = BaseFiles { own: origin.clone(), data: origin };
+        let (files, data_lock) =
+            files::for_reading(&self.shared, &self.locator, origin, &description).await?;
+        self.shared.locks.lock().extend(data_lock);
         Ok(Top::Base(Arc::new(Base::new(mapper, files, backing, &self.shared.rt)), size))
     }
 
@@ -151,18 +160,22 @@ impl Opening {
                 self.locator.printable()
             ));
         }
-        if description.dirty && description.backing.is_none() {
+        if description.dirty && description.backing.is_none() && !driver.mends_itself() {
             self.repair_what_qemu_left(&storage, driver).await?;
         }
         let backing = self.pinned_backing(&storage, driver, &mut description).await?;
+        let data = files::for_writing(&self.shared, &self.locator, &description)?;
+        let (data, data_lock) = data.map_or((None, None), |(data, lock)| (Some(data), lock));
+        self.shared.locks.lock().extend(data_lock);
         let mapper = driver
-            .open_writable(Arc::clone(&storage), None, Arc::clone(&self.shared.rt))
+            .open_writable(Arc::clone(&storage), data.clone(), Arc::clone(&self.shared.rt))
             .await
             .map_err(|error| self.failed(error))?;
         self.shared.opened(self.locator.printable(), driver.name(), true);
+        let files = ImageFiles { own: Arc::clone(&storage), data: data.unwrap_or(storage) };
         let image = Image::new(
             mapper,
-            storage,
+            files,
             backing,
             Arc::clone(&self.shared.rt),
             ImageOptions { copy_on_read, ..ImageOptions::default() },

@@ -47,8 +47,8 @@ pub const QCOW2_SNAPSHOTS: Kind = Kind { snapshots: true, ..QCOW2 };
 pub const QCOW2_EXTENDED_SNAPSHOTS: Kind = Kind { snapshots: true, ..QCOW2_EXTENDED };
 
 /// All of them.
-pub const KINDS: [Kind; 6] =
-    [QED, QCOW2, QCOW2_OLD, QCOW2_EXTENDED, QCOW2_SNAPSHOTS, QCOW2_EXTENDED_SNAPSHOTS];
+pub const KINDS: [Kind; 7] =
+    [QED, QCOW2, QCOW2_OLD, QCOW2_EXTENDED, QCOW2_LAZY, QCOW2_SNAPSHOTS, QCOW2_EXTENDED_SNAPSHOTS];
 
 /// A test of each of these kinds; a failure is told with its kind.
 pub fn for_kinds(kinds: &[Kind], test: impl Fn(Kind)) {
