@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use readonce_format::driver::HeaderChange;
+use readonce_format::driver::{HeaderChange, drivers};
 
 use crate::{
     failure::{Failure, Outcome},
@@ -27,6 +27,9 @@ pub struct Args {
     images: Vec<String>,
 }
 
+/// Options that images have, but drivers do not name.
+const OTHERS: [&str; 4] = ["size", "backing_file", "backing_fmt", "data_file"];
+
 /// Runs it.
 pub async fn run(args: Args) -> Outcome {
     let pairs = options::pairs(args.options.iter().map(String::as_str));
@@ -34,13 +37,20 @@ pub async fn run(args: Args) -> Outcome {
         return Err(Failure::usage("amend", "Must specify options (-o)"));
     }
     let image = look::one_image("amend", &args.images)?;
+    let known: Vec<&str> =
+        drivers().iter().flat_map(|driver| driver.create_options()).map(|option| option.name).collect();
     let mut on = None;
     for (name, value) in &pairs {
         match name.as_str() {
             "copy_on_read" => on = Some(options::switch(name, value.as_deref())?),
-            "cluster_size" | "table_size" | "size" | "backing_file" | "backing_fmt" => {
+            name if known.contains(&name) || OTHERS.contains(&name) || name.starts_with("encrypt") => {
+                let instead = match name {
+                    "size" => " (readonce resize changes the size)",
+                    "backing_file" | "backing_fmt" => " (readonce rebase -u changes the backing file)",
+                    _ => "",
+                };
                 return Err(Failure::new(format!(
-                    "Changing the option '{name}' is not supported: only copy_on_read can change"
+                    "Changing the option '{name}' is not supported: only copy_on_read can change{instead}"
                 )));
             }
             _ => return Err(Failure::new(format!("Invalid parameter '{name}'"))),

@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 use readonce_disk::chain::{ChainOptions, CopyOnRead, Locks, OnChange};
 use readonce_origin::{AllowBacking, Credentials, Locator, OriginOptions};
 
-use crate::{failure::Failure, options};
+use crate::{failure::Failure, look, options, report};
 
 /// Flags about asking origins.
 #[derive(Debug, Clone, clap::Args)]
@@ -62,6 +62,22 @@ impl OriginArgs {
             url_override,
             ..defaults
         })
+    }
+}
+
+impl OriginArgs {
+    /// Warns of a URL that was given for nothing: none of `places`, which is what is known of a chain, is its place.
+    pub fn warn_of_unused(&self, places: &[Locator]) {
+        // In the environment it may be meant for other images.
+        let from_environment = std::env::var("READONCE_URL").ok();
+        let flags = self.url.iter().filter(|url| !url.is_empty() && Some(*url) != from_environment.as_ref());
+        for url in flags {
+            if let Ok(url) = Locator::parse(url, None)
+                && !places.iter().any(|place| place.same_place(&url))
+            {
+                report::warn(format!("--url {}: no image here is known to name this place", url.printable()));
+            }
+        }
     }
 }
 
@@ -175,6 +191,13 @@ impl UseArgs {
             }
         }
         file.ok_or_else(|| Failure::new("--drive: Parameter 'file' is missing"))
+    }
+
+    /// Warns of a `--url` that the chain whose top is `image` does not need.
+    pub async fn warn_of_unused(&self, image: &str, format: Option<&str>) {
+        if !self.origin.url.is_empty() {
+            self.origin.warn_of_unused(&look::places(image, format).await);
+        }
     }
 
     /// The options to open a chain with, whose top is `image`.

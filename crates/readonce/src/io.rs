@@ -51,6 +51,7 @@ pub async fn run(mut args: Args) -> Outcome {
     }
     // As qemu-io: which files are opened is not told, unless it is asked for.
     let reporter = if args.told.verbose > 0 { args.told.reporter() } else { args.told.warnings() };
+    args.chain.warn_of_unused(&image, args.chain.format.as_deref()).await;
     let chain = session::open(&image, args.chain.chain_options(&image)?, reporter)
         .await
         .map_err(|failure| Failure::new(format!("can't open device {image}: {}", failure.text)))?;

@@ -2,7 +2,9 @@
 
 use std::{path::Path, sync::Arc};
 
-use readonce_disk::chain::{ChainOptions, Layer, Locks, OpenError, TopOnly, driver_of, open_layers};
+use readonce_disk::chain::{
+    CHAIN_DEPTH_MAX, ChainOptions, Layer, Locks, OpenError, TopOnly, driver_of, open_layers,
+};
 use readonce_format::{Driver, driver::Description};
 use readonce_origin::Locator;
 use readonce_storage::{
@@ -80,12 +82,38 @@ pub async fn layers(image: &str, args: &LookArgs, top_only: TopOnly, rt: &Rt) ->
         ..ChainOptions::default()
     };
     let layers = open_layers(image, &options, top_only, rt).await.map_err(told)?;
+    let named = layers.iter().filter_map(|layer| {
+        let backing = layer.description.backing.as_ref()?;
+        Locator::parse(&backing.name, Some(&layer.locator)).ok()
+    });
+    args.origin
+        .warn_of_unused(&named.chain(layers.iter().map(|layer| layer.locator.clone())).collect::<Vec<_>>());
     for layer in &layers {
         for note in layer.origin.notes() {
             report::warn(format!("{}: {note}", layer.locator.printable()));
         }
     }
     Ok(layers)
+}
+
+/// The places that a chain goes through, from `image` down to the first that is not local, as far as they can be read.
+pub async fn places(image: &str, format: Option<&str>) -> Vec<Locator> {
+    let mut places: Vec<Locator> = Vec::new();
+    let mut format = format.map(str::to_owned);
+    let mut next = Locator::parse(image, None).ok();
+    while let Some(place) = next.take().filter(|_| places.len() < CHAIN_DEPTH_MAX) {
+        if let Locator::File(path) = &place
+            && let Ok(file) = LocalFile::open(path, OpenMode::Read)
+            && let Ok(driver) = driver_of(&file, format.as_deref()).await
+            && let Ok(description) = driver.describe(&(Arc::new(file) as Arc<dyn ReadAt>)).await
+            && let Some(backing) = description.backing
+        {
+            next = Locator::parse(&backing.name, Some(&place)).ok();
+            format = backing.format;
+        }
+        places.push(place);
+    }
+    places
 }
 
 /// An error of a chain, in QEMU's words where it has them.
@@ -147,6 +175,7 @@ pub async fn readable(
         }
         Locator::Http(_) => {
             let options = origin.options(&[&locator])?;
+            origin.warn_of_unused(std::slice::from_ref(&locator));
             let origin = readonce_origin::open(&locator, &options, &TokioRuntime::current())
                 .await
                 .map_err(|error| cannot_open(image, error))?;

@@ -4,9 +4,13 @@ use std::process::ExitCode;
 
 use readonce_format::driver::HeaderChange;
 
+use readonce_origin::Locator;
+use readonce_storage::{LocalFile, ReadAt, Storage, local::OpenMode, lock::Access};
+
 use crate::{
     failure::{Failure, Outcome},
-    look, options, stdout,
+    look::{self, Held},
+    options, stdout,
 };
 
 /// Make an image larger
@@ -46,6 +50,7 @@ pub async fn run(args: Args) -> Outcome {
     if size < now {
         return Err(Failure::new("Shrinking images is currently not supported"));
     }
+    grow_data_file(&held, size).await?;
     held.driver
         .change(&held.file, &HeaderChange::Size(size))
         .await
@@ -54,4 +59,20 @@ pub async fn run(args: Args) -> Outcome {
         stdout::line("Image resized.");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A data file is to be as long as the disk. Before the header says so: a longer one does no harm.
+async fn grow_data_file(held: &Held, size: u64) -> Result<(), Failure> {
+    let Some(data) = &held.description.data_file else { return Ok(()) };
+    let failed = |cause: String| look::cannot_open(&data.name, cause);
+    let Ok(Locator::File(path)) = Locator::parse(&data.name, Some(&held.locator)) else {
+        return Err(failed("what is not local cannot be changed".to_owned()));
+    };
+    let file = LocalFile::open(&path, OpenMode::ReadWrite).map_err(|error| failed(error.to_string()))?;
+    let _lock = look::locked(&file, Access::Write).map_err(|error| failed(error.to_string()))?;
+    if file.len() < size {
+        file.set_len(size).await.map_err(|error| failed(look::without_number(&error)))?;
+        file.sync().await.map_err(|error| failed(look::without_number(&error)))?;
+    }
+    Ok(())
 }

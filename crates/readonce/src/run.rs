@@ -64,6 +64,7 @@ pub async fn run(mut args: Args) -> Outcome {
     let mut signals = Signals::catch()?;
     let opening = async {
         let image = image::choose(&name, &args).await?;
+        args.chain.warn_of_unused(&image.top, image.options.format.as_deref()).await;
         let chain = session::open(&image.top, image.options.clone(), args.told.reporter()).await?;
         Ok((image, chain))
     };

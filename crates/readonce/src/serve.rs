@@ -66,6 +66,7 @@ pub async fn run(mut args: Args) -> Outcome {
         None => None,
     };
     let options = args.chain.chain_options(&image)?;
+    args.chain.warn_of_unused(&image, args.chain.format.as_deref()).await;
     let chain = until_signal(&mut signals, session::open(&image, options, args.told.reporter())).await?;
     let session = Session::start(chain, listener, &args.export_name, &args.end, args.told)?;
     // Who started us may have gone; the clients have not.

@@ -137,6 +137,10 @@ impl Drop for Serving {
     }
 }
 
+/// Formats that keep what is read: as in `-f`, and options for `-o` that change none of what is told.
+pub const KEEPERS: [(&str, &str); 3] =
+    [("qed", ""), ("qcow2", ""), ("qcow2", "cluster_size=128k,extended_l2=on,")];
+
 /// Bytes of the origin's file in most tests.
 pub const ORIGIN_BYTES: u64 = 4 << 20;
 

@@ -28,7 +28,7 @@ async fn a_url_is_kept_in_the_cache_and_writes_are_not() {
     let told = convert(at, &origin).ok();
     qemu_img(at, &["compare", "out.raw", "wanted.raw"]).ok();
     assert!(told.err.contains("what the command wrote is gone"), "{told:?}");
-    assert_eq!(cache(at, ".qed").len(), 1);
+    assert_eq!(cache(at, ".qcow2").len(), 1);
 
     let url = origin.url();
     let script = "qemu-io -f raw -c 'write -P 9 0 64k' -c flush {uri} && qemu-io -f raw -c 'read -P 9 0 64k' nbd+unix:///?socket={socket}";
@@ -54,7 +54,7 @@ async fn a_url_read_only_and_without_copy_on_read() {
     let url = origin.url();
     let write = "qemu-io -f raw -c 'write -P 9 0 64k' -c 'read -P 9 0 64k' -c 'read 1M 64k' {uri}";
     let held = |wanted: &str| {
-        let image = format!("cache/readonce/{}", cache(at, ".qed")[0]);
+        let image = format!("cache/readonce/{}", cache(at, ".qcow2")[0]);
         let told = readonce(at, &["io", "-r", "-c", "alloc 0 4M", &image]).ok().out;
         assert!(told.starts_with(wanted), "{told}");
     };
@@ -77,7 +77,7 @@ async fn a_changed_file_is_a_new_image_and_a_warning() {
     origin.replace(content.clone(), Some("\"new\""));
     let told = convert(at, &origin).ok();
     assert!(told.err.contains("changed: a new image is begun"), "{told:?}");
-    assert_eq!(cache(at, ".qed").len(), 2);
+    assert_eq!(cache(at, ".qcow2").len(), 2);
     assert!(std::fs::read(at.join("out.raw")).expect("a file") == content.bytes(0..ORIGIN_BYTES));
 }
 
@@ -189,5 +189,5 @@ async fn a_signal_before_the_command_leaves_nothing_behind() {
     assert_eq!(unsafe { libc::kill(id, libc::SIGINT) }, 0);
     assert_eq!(child.wait().expect("it ends").code(), Some(130));
     assert_eq!(names(at), ["cache"]);
-    assert_eq!(cache(at, ".qed"), Vec::<String>::new());
+    assert_eq!(cache(at, ".qcow2"), Vec::<String>::new());
 }

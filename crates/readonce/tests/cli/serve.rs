@@ -5,25 +5,37 @@ use std::os::unix::fs::PermissionsExt;
 use readonce_testkit::{Content, Fault, When};
 
 use crate::common::{
-    ORIGIN_BYTES, Serving, command, folder, names, origin, qemu_img, qemu_io, readonce, write_origin_bytes,
+    KEEPERS, ORIGIN_BYTES, Serving, command, folder, names, origin, qemu_img, qemu_io, readonce,
+    write_origin_bytes,
 };
 
-/// `--drive file=c.qed`, an image over an origin in `at`.
-fn image_over(url: &str, at: &std::path::Path) {
-    readonce(at, &["create", "-q", "-f", "qed", "-o", "copy_on_read", "-b", url, "-F", "raw", "c.qed"]).ok();
+/// `c.img`, an image over an origin in `at`.
+fn image_over(url: &str, at: &std::path::Path, (format, options): (&str, &str)) {
+    let options = format!("{options}copy_on_read");
+    readonce(at, &["create", "-q", "-f", format, "-o", &options, "-b", url, "-F", "raw", "c.img"]).ok();
 }
+
+/// For tests of what no format changes.
+const ANY: (&str, &str) = KEEPERS[1];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_read_is_fetched_once_and_kept() {
+    for keeper in KEEPERS {
+        what_is_read_is_fetched_once_in(keeper).await;
+    }
+}
+
+async fn what_is_read_is_fetched_once_in(keeper: (&str, &str)) {
+    let (format, _) = keeper;
     let folder = folder();
     let at = folder.path();
     let origin = origin().await;
-    image_over(&origin.url(), at);
+    image_over(&origin.url(), at, keeper);
     write_origin_bytes(&at.join("wanted.raw"));
     origin.clear_log();
     let probe_bytes = origin.body_bytes();
 
-    let serving = Serving::start(at, &["-k", "s", "c.qed"]);
+    let serving = Serving::start(at, &["-k", "s", "c.img"]);
     assert_eq!(serving.uri, format!("nbd+unix:///?socket={}/s", at.display()));
     let mode = std::fs::metadata(at.join("s")).expect("a socket").permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
@@ -33,7 +45,7 @@ async fn what_is_read_is_fetched_once_and_kept() {
     qemu_io(at, &["-f", "raw", "-c", "write -P 9 1M 100k", "-c", "flush", &serving.uri]).ok();
     let ended = serving.end_by(libc::SIGTERM);
     assert_eq!(ended.code, Some(0), "{ended:?}");
-    assert!(ended.err.contains("opened c.qed (qed) to read and write"), "{ended:?}");
+    assert!(ended.err.contains(&format!("opened c.img ({format}) to read and write")), "{ended:?}");
     assert!(ended.err.contains(&format!("opened {} (raw) to read", origin.url())), "{ended:?}");
     assert!(!at.join("s").exists());
     // The probe at open asks for a byte.
@@ -41,33 +53,39 @@ async fn what_is_read_is_fetched_once_and_kept() {
     assert!((ORIGIN_BYTES..=ORIGIN_BYTES + 1).contains(&fetched), "{fetched}");
 
     origin.vanish().await;
-    qemu_img(at, &["check", "-f", "qed", "-U", "c.qed"]).fails(1, "Could not open backing file");
-    readonce(at, &["check", "c.qed"]).ok();
-    readonce(at, &["io", "--on-change=offline", "-c", "read -P 9 1M 100k", "-c", "read 0 4M", "c.qed"]).ok();
+    qemu_img(at, &["check", "-f", format, "-U", "c.img"]).fails(1, "Could not open backing file");
+    readonce(at, &["check", "c.img"]).ok();
+    readonce(at, &["io", "--on-change=offline", "-c", "read -P 9 1M 100k", "-c", "read 0 4M", "c.img"]).ok();
     // Cut from its backing, it is a whole image for QEMU.
-    readonce(at, &["rebase", "-u", "-b", "", "c.qed"]).ok();
-    qemu_img(at, &["check", "c.qed"]).ok();
-    qemu_io(at, &["-c", "read -P 9 1M 100k", "c.qed"]).ok();
+    readonce(at, &["rebase", "-u", "-b", "", "c.img"]).ok();
+    qemu_img(at, &["check", "c.img"]).ok();
+    qemu_io(at, &["-c", "read -P 9 1M 100k", "c.img"]).ok();
     qemu_io(at, &["-f", "raw", "-c", "write -P 9 1M 100k", "wanted.raw"]).ok();
-    qemu_img(at, &["compare", "c.qed", "wanted.raw"]).ok();
+    qemu_img(at, &["compare", "c.img", "wanted.raw"]).ok();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn part_of_a_cluster_is_saved_at_the_end() {
+    for keeper in KEEPERS {
+        part_of_a_cluster_is_saved_at_the_end_in(keeper).await;
+    }
+}
+
+async fn part_of_a_cluster_is_saved_at_the_end_in(keeper: (&str, &str)) {
     let folder = folder();
     let at = folder.path();
     let origin = origin().await;
-    image_over(&origin.url(), at);
+    image_over(&origin.url(), at, keeper);
     write_origin_bytes(&at.join("wanted.raw"));
     qemu_io(at, &["-f", "raw", "-c", "write -P 9 68k 4k", "wanted.raw"]).ok();
-    let serving = Serving::start(at, &["--quiet", "-p", "0", "c.qed"]);
+    let serving = Serving::start(at, &["--quiet", "-p", "0", "c.img"]);
     assert!(serving.uri.starts_with("nbd://127.0.0.1:"), "{}", serving.uri);
     // No flush: qemu-io sends one when it closes the device, so the client is one that does not.
     write_and_leave(&serving.uri, 68 << 10, &[9; 4096]).await;
     let ended = serving.end_by(libc::SIGINT);
     assert_eq!((ended.code, ended.err.as_str()), (Some(0), ""));
-    readonce(at, &["check", "c.qed"]).ok();
-    let serving = Serving::start(at, &["-r", "-k", "s", "c.qed"]);
+    readonce(at, &["check", "c.img"]).ok();
+    let serving = Serving::start(at, &["-r", "-k", "s", "c.img"]);
     qemu_img(at, &["compare", "-f", "raw", "-F", "raw", &serving.uri, "wanted.raw"]).ok();
     qemu_io(at, &["-f", "raw", "-r", "-c", "read -P 9 68k 4k", &serving.uri]).ok();
     assert_eq!(serving.end_by(libc::SIGTERM).code, Some(0));
@@ -86,47 +104,53 @@ async fn bytes_that_cannot_be_saved_are_named() {
     let folder = folder();
     let at = folder.path();
     let origin = origin().await;
-    image_over(&origin.url(), at);
+    image_over(&origin.url(), at, ANY);
     let serving =
-        Serving::start(at, &["-p", "0", "--retry-for", "100ms", "--shutdown-timeout", "1s", "c.qed"]);
+        Serving::start(at, &["-p", "0", "--retry-for", "100ms", "--shutdown-timeout", "1s", "c.img"]);
     origin.vanish().await;
     write_and_leave(&serving.uri, 68 << 10, &[9; 4096]).await;
     let ended = serving.end_by(libc::SIGTERM).fails(1, "could not save guest bytes 0x11000..0x12000");
-    assert!(ended.err.contains("readonce: c.qed: "), "{ended:?}");
+    assert!(ended.err.contains("readonce: c.img: "), "{ended:?}");
     // Nothing of it is in the image, and the image is whole.
     origin.come_back().await.expect("the port");
-    readonce(at, &["check", "-r", "all", "c.qed"]).ok();
+    readonce(at, &["check", "-r", "all", "c.img"]).ok();
     write_origin_bytes(&at.join("wanted.raw"));
-    let serving = Serving::start(at, &["-k", "s", "c.qed"]);
+    let serving = Serving::start(at, &["-k", "s", "c.img"]);
     qemu_img(at, &["compare", "-f", "raw", "-F", "raw", &serving.uri, "wanted.raw"]).ok();
     assert_eq!(serving.end_by(libc::SIGTERM).code, Some(0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn after_kill_nothing_is_corrupt_and_what_was_flushed_is_there() {
+    for keeper in KEEPERS {
+        after_kill_nothing_is_corrupt_in(keeper).await;
+    }
+}
+
+async fn after_kill_nothing_is_corrupt_in(keeper: (&str, &str)) {
     let folder = folder();
     let at = folder.path();
     let origin = origin().await;
-    image_over(&origin.url(), at);
+    image_over(&origin.url(), at, keeper);
     for round in 1..=4_u8 {
-        let serving = Serving::start(at, &["-k", "s", "c.qed"]);
+        let serving = Serving::start(at, &["-k", "s", "c.img"]);
         let place = u64::from(round) * 300;
         let flushed = format!("write -P {round} {place}k 100k");
         let unflushed = format!("write -P 99 {}k 64k", 2048 + place);
         qemu_io(at, &["-f", "raw", "-c", &flushed, "-c", "flush", "-c", "read 0 2M", &serving.uri]).ok();
         qemu_io(at, &["-f", "raw", "-c", &unflushed, &serving.uri]).ok();
         assert_eq!(serving.end_by(libc::SIGKILL).code, None);
-        let checked = readonce(at, &["check", "-U", "c.qed"]);
+        let checked = readonce(at, &["check", "-U", "c.img"]);
         assert!(matches!(checked.code, Some(0 | 3)), "{checked:?}");
         let commands: Vec<String> = (1..=round)
             .flat_map(|round| ["-c".to_owned(), format!("read -P {round} {}k 100k", u64::from(round) * 300)])
             .collect();
         let arguments: Vec<&str> =
-            ["io"].into_iter().chain(commands.iter().map(String::as_str)).chain(["c.qed"]).collect();
+            ["io"].into_iter().chain(commands.iter().map(String::as_str)).chain(["c.img"]).collect();
         readonce(at, &arguments).ok();
     }
-    readonce(at, &["check", "-r", "all", "c.qed"]).ok();
-    readonce(at, &["check", "c.qed"]).ok();
+    readonce(at, &["check", "-r", "all", "c.img"]).ok();
+    readonce(at, &["check", "c.img"]).ok();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -134,21 +158,21 @@ async fn a_read_only_export_still_fills() {
     let folder = folder();
     let at = folder.path();
     let origin = origin().await;
-    image_over(&origin.url(), at);
+    image_over(&origin.url(), at, ANY);
     let serving =
-        Serving::start(at, &["-k", "s", "--drive", "file=c.qed,readonly=on,cor=on,if=ide,format=qed"]);
+        Serving::start(at, &["-k", "s", "--drive", "file=c.img,readonly=on,cor=on,if=ide,format=qcow2"]);
     qemu_io(at, &["-f", "raw", "-r", "-c", "read 0 128k", &serving.uri]).ok();
     qemu_io(at, &["-f", "raw", "-c", "length", &serving.uri]).fails(1, "Permission denied");
     assert_eq!(serving.end_by(libc::SIGTERM).code, Some(0));
-    let map = readonce(at, &["map", "c.qed"]).ok().out;
-    assert!(map.contains("c.qed\n0x20000"), "{map}");
+    let map = readonce(at, &["map", "c.img"]).ok().out;
+    assert!(map.contains("c.img\n0x20000"), "{map}");
 
     // With copy-on-read off nothing is kept.
-    let before = std::fs::read(at.join("c.qed")).expect("an image");
-    let serving = Serving::start(at, &["-k", "s", "-r", "--copy-on-read=off", "c.qed"]);
+    let before = std::fs::read(at.join("c.img")).expect("an image");
+    let serving = Serving::start(at, &["-k", "s", "-r", "--copy-on-read=off", "c.img"]);
     qemu_io(at, &["-f", "raw", "-r", "-c", "read 1M 128k", &serving.uri]).ok();
     assert_eq!(serving.end_by(libc::SIGTERM).code, Some(0));
-    assert!(std::fs::read(at.join("c.qed")).expect("an image") == before);
+    assert!(std::fs::read(at.join("c.img")).expect("an image") == before);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -156,12 +180,12 @@ async fn a_changed_origin_is_refused_and_what_is_local_reads() {
     let folder = folder();
     let at = folder.path();
     let origin = origin().await;
-    image_over(&origin.url(), at);
-    readonce(at, &["io", "-c", "read 0 64k", "c.qed"]).ok();
+    image_over(&origin.url(), at, ANY);
+    readonce(at, &["io", "-c", "read 0 64k", "c.img"]).ok();
     write_origin_bytes(&at.join("old.raw"));
     origin.replace(Content::seeded(8, ORIGIN_BYTES), Some("\"new\""));
     for choice in ["--on-change=refuse", "--on-change=offline"] {
-        let serving = Serving::start(at, &["-k", "s", choice, "c.qed"]);
+        let serving = Serving::start(at, &["-k", "s", choice, "c.img"]);
         qemu_io(at, &["-f", "raw", "-c", "read 0 64k", &serving.uri]).ok();
         let told = qemu_io(at, &["-f", "raw", "-c", "read 64k 64k", &serving.uri]);
         assert!(told.code == Some(1) && told.out.contains("Input/output error"), "{told:?}");
@@ -171,7 +195,7 @@ async fn a_changed_origin_is_refused_and_what_is_local_reads() {
             assert!(ended.err.contains("changed"), "{ended:?}");
         }
     }
-    readonce(at, &["serve", "-k", "s", "--on-change=repin", "c.qed"])
+    readonce(at, &["serve", "-k", "s", "--on-change=repin", "c.img"])
         .fails(1, "only for an image that holds none");
 }
 
@@ -180,10 +204,10 @@ async fn an_origin_away_at_open_is_a_warning() {
     let folder = folder();
     let at = folder.path();
     let origin = origin().await;
-    image_over(&origin.url(), at);
-    readonce(at, &["io", "-c", "read 0 64k", "c.qed"]).ok();
+    image_over(&origin.url(), at, ANY);
+    readonce(at, &["io", "-c", "read 0 64k", "c.img"]).ok();
     origin.vanish().await;
-    let serving = Serving::start(at, &["-k", "s", "--retry-for", "100ms", "c.qed"]);
+    let serving = Serving::start(at, &["-k", "s", "--retry-for", "100ms", "c.img"]);
     qemu_io(at, &["-f", "raw", "-c", "read 0 64k", &serving.uri]).ok();
     let told = qemu_io(at, &["-f", "raw", "-c", "read 64k 64k", &serving.uri]);
     assert!(told.code == Some(1) && told.out.contains("Input/output error"), "{told:?}");
@@ -199,11 +223,11 @@ async fn passing_failures_are_not_seen() {
     let folder = folder();
     let at = folder.path();
     let origin = origin().await;
-    image_over(&origin.url(), at);
+    image_over(&origin.url(), at, ANY);
     write_origin_bytes(&at.join("wanted.raw"));
     origin.fault(When::next(2), Fault::Status { status: 503, retry_after: None });
     origin.fault(When::next(6), Fault::CutAfter(1000));
-    let serving = Serving::start(at, &["-k", "s", "c.qed"]);
+    let serving = Serving::start(at, &["-k", "s", "c.img"]);
     qemu_img(at, &["compare", "-f", "raw", "-F", "raw", &serving.uri, "wanted.raw"]).ok();
     assert_eq!(serving.end_by(libc::SIGTERM).code, Some(0));
 }
@@ -214,8 +238,8 @@ async fn a_read_that_waits_for_the_origin_does_not_hold_up_the_end() {
     let folder = folder();
     let at = folder.path();
     let origin = origin().await;
-    image_over(&origin.url(), at);
-    let serving = Serving::start(at, &["-k", "s", "--shutdown-timeout", "1s", "c.qed"]);
+    image_over(&origin.url(), at, ANY);
+    let serving = Serving::start(at, &["-k", "s", "--shutdown-timeout", "1s", "c.img"]);
     let client = NbdClient::connect_unix(at.join("s"), &ConnectOptions::default()).await.expect("a server");
     client.write(68 << 10, &[9; 4096], 0).await.expect("written");
     client.flush().await.expect("flushed");
@@ -233,8 +257,8 @@ async fn a_read_that_waits_for_the_origin_does_not_hold_up_the_end() {
     let ended = tokio::task::spawn_blocking(|| serving.end_by(libc::SIGTERM)).await.expect("it ran");
     assert_eq!(ended.code, Some(0), "{ended:?}");
     assert!(reader.await.expect("it ran").is_err());
-    readonce(at, &["check", "c.qed"]).ok();
-    readonce(at, &["io", "--on-change=offline", "-c", "read -P 9 68k 4k", "c.qed"]).ok();
+    readonce(at, &["check", "c.img"]).ok();
+    readonce(at, &["io", "--on-change=offline", "-c", "read -P 9 68k 4k", "c.img"]).ok();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -264,13 +288,13 @@ async fn credentials_come_from_the_environment_and_stay_out_of_sight() {
     };
     let origin = FaultyOrigin::start(spec).await.expect("a port");
     let url = origin.url();
-    let create = ["create", "-f", "qed", "-b", &url, "-F", "raw", "c.qed"];
+    let create = ["create", "-f", "qcow2", "-b", &url, "-F", "raw", "c.img"];
     readonce(at, &create).fails(1, "401");
     assert_eq!(names(at), Vec::<String>::new());
     let output = command(at).args(create).env("READONCE_HTTP_TOKEN", "sesame").output().expect("it runs");
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     // A name that only the image holds gets no credential, unless the user names its host.
-    let io = ["io", "--retry-for", "100ms", "-c", "read 0 64k", "c.qed"];
+    let io = ["io", "--retry-for", "100ms", "-c", "read 0 64k", "c.img"];
     let output = command(at).args(io).env("READONCE_HTTP_TOKEN", "sesame").output().expect("it runs");
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let host = format!("http://{}", origin.addr());
