@@ -118,16 +118,7 @@ fn run(seed: u64) {
             let closing = Arc::clone(&image);
             exec.run(async move { closing.close(Duration::from_secs(3600)).await.expect("closes clean") });
             let closed = Arc::clone(&storage);
-            exec.run(async move {
-                world
-                    .kind
-                    .check(
-                        closed,
-                        if world.kind.format == "qed" { Leaks::None } else { Leaks::Allowed },
-                        "closed",
-                    )
-                    .await
-            });
+            exec.run(async move { world.kind.check(closed, Leaks::None, "closed").await });
         } else {
             let polls = rng.random_range(0..8_000);
             exec.run_for(main, polls);

@@ -104,8 +104,8 @@ impl Step {
             let description = driver.describe(&file).await.map_err(|error| failed(error.to_string()))?;
             let mapper = driver.open(file).await.map_err(|error| failed(error.to_string()))?;
             let backing = self.next(shared, &description)?;
-            shared.opened(name.clone(), driver.name(), false);
             let (files, data_lock) = files::for_reading(shared, &self.locator, origin, &description).await?;
+            shared.opened(name.clone(), driver.name(), false);
             shared.locks.lock().extend(lock.into_iter().chain(data_lock));
             shared.origins.lock().push(asked);
             Ok(Arc::new(Base::new(mapper, files, backing, &shared.rt)) as Arc<dyn Source>)

@@ -127,12 +127,12 @@ impl Opening {
             driver_of(&*file, self.options().format.as_deref()).await.map_err(|error| self.failed(error))?;
         let description = driver.describe(&file).await.map_err(|error| self.failed(error))?;
         let mapper = driver.open(file).await.map_err(|error| self.failed(error))?;
-        self.shared.opened(name, driver.name(), false);
-        let size = mapper.geometry().size;
-        let backing = self.backing(&description).await?;
         let (files, data_lock) =
             files::for_reading(&self.shared, &self.locator, origin, &description).await?;
         self.shared.locks.lock().extend(data_lock);
+        self.shared.opened(name, driver.name(), false);
+        let size = mapper.geometry().size;
+        let backing = self.backing(&description).await?;
         Ok(Top::Base(Arc::new(Base::new(mapper, files, backing, &self.shared.rt)), size))
     }
 

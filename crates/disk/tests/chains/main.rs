@@ -5,6 +5,7 @@
 //!   against the model. `turns`: QEMU and readonce use one image in turn.
 //! - `versions`, `away`, `wrong`: the backing changes, cannot be reached, answers wrong. `policy`: what is not opened.
 //! - `lower`: what is special below the top. `locks`, `mounts`: other users of the image, and file systems that are full or read-only.
+//! - `qcow2`: what only qcow2 has: compressed clusters, data files, snapshots, marks.
 //!
 //! Not here: `kill -9`, which needs a process to kill (the command's tests).
 
@@ -18,6 +19,7 @@ mod model;
 mod mounts;
 mod place;
 mod policy;
+mod qcow2;
 mod qemu;
 mod shapes;
 mod turns;

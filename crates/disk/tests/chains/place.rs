@@ -54,21 +54,24 @@ impl Place {
         std::fs::read(self.path(name)).expect("it is there").into()
     }
 
-    /// Makes a QED image.
+    /// Makes an image, of the format that its name ends with.
     pub async fn create(&self, name: &str, spec: Spec<'_>) {
         let file: Arc<dyn Storage> =
             Arc::new(LocalFile::open(self.path(name), OpenMode::CreateNew).expect("room"));
-        let mut options = vec![
-            ("cluster_size".into(), Some(spec.cluster_size.to_string())),
-            ("table_size".into(), Some("2".into())),
-        ];
+        let mut options = vec![("cluster_size".into(), Some(spec.cluster_size.to_string()))];
+        if name.ends_with("qed") {
+            options.push(("table_size".into(), Some("2".into())));
+        }
+        if spec.extended {
+            options.push(("extended_l2".into(), Some("on".into())));
+        }
         if spec.copy_on_read {
             options.push(("copy_on_read".into(), None));
         }
         let backing =
             spec.backing.map(|(name, format)| BackingRef { name: name.into(), format: Some(format.into()) });
         let spec = CreateSpec { size: spec.size, backing, options, pin: None, data_file: None };
-        qed().create(&file, None, &spec).await.expect("the image is made");
+        format_of(name).create(&file, None, &spec).await.expect("the image is made");
     }
 
     pub async fn try_open(&self, name: &str, options: ChainOptions) -> Result<Opened, OpenError> {
@@ -81,7 +84,7 @@ impl Place {
 
     pub async fn describe(&self, name: &str) -> Description {
         let file: Arc<dyn ReadAt> = self.file(name);
-        qed().describe(&file).await.expect("a QED image")
+        format_of(name).describe(&file).await.expect("an image")
     }
 
     fn file(&self, name: &str) -> Arc<LocalFile> {
@@ -90,7 +93,7 @@ impl Place {
 
     /// The image as its file says it: `.` absent, `D` data, `Z` zero, one letter a cluster.
     pub async fn draw(&self, name: &str) -> String {
-        let mapper = qed().open(self.file(name)).await.expect("a QED image");
+        let mapper = format_of(name).open(self.file(name)).await.expect("an image");
         let geometry = mapper.geometry();
         let mut letters = String::new();
         let mut at = 0;
@@ -124,13 +127,16 @@ impl Place {
         let file = LocalFile::open(self.path(name), OpenMode::ReadWrite).expect("it is there");
         let file: Arc<dyn Storage> = Arc::new(file);
         let backing = BackingRef { name: backing.into(), format: Some(format.into()) };
-        qed().change(&file, &HeaderChange::Backing(Some(backing), None)).await.expect("the name is short");
+        format_of(name)
+            .change(&file, &HeaderChange::Backing(Some(backing), None))
+            .await
+            .expect("the name is short");
     }
 
     /// A chain over a URL, as QEMU sees it when a copy of it has the file itself as its backing: sound, without leaks, and with
     /// these guest bytes.
     pub async fn check_with_qemu(&self, name: &str, content: &Content, guest: &[u8]) {
-        let copy = "copy-for-qemu.qed";
+        let copy = &format!("copy-for-qemu-{name}");
         std::fs::copy(self.path(name), self.path(copy)).expect("room");
         self.raw("origin-for-qemu.raw", &content.bytes(0..content.len()));
         self.rebase(copy, "origin-for-qemu.raw", "raw").await;
@@ -147,11 +153,19 @@ pub struct Spec<'a> {
     pub backing: Option<(&'a str, &'a str)>,
     pub copy_on_read: bool,
     pub cluster_size: u64,
+    /// With subclusters.
+    pub extended: bool,
 }
 
 /// An image of small clusters above `backing`.
 pub fn above<'a>(backing: &'a str, format: &'a str, size: u64) -> Spec<'a> {
-    Spec { size, backing: Some((backing, format)), copy_on_read: false, cluster_size: CLUSTER }
+    Spec {
+        size,
+        backing: Some((backing, format)),
+        copy_on_read: false,
+        cluster_size: CLUSTER,
+        extended: false,
+    }
 }
 
 /// The same, with copy-on-read.
@@ -159,8 +173,10 @@ pub fn filled_from<'a>(backing: &'a str, format: &'a str, size: u64) -> Spec<'a>
     Spec { copy_on_read: true, ..above(backing, format, size) }
 }
 
-fn qed() -> &'static dyn Driver {
-    driver("qed").expect("qed is a known format")
+/// The format that a name ends with.
+fn format_of(name: &str) -> &'static dyn Driver {
+    let format = name.rsplit('.').next().unwrap_or_default();
+    driver(format).expect("images are named by their format")
 }
 
 /// How a test opens a chain: no proxy between it and the loopback, patient, and no stall that a loaded machine could show.

@@ -12,6 +12,11 @@ fn tool(name: &str) -> Command {
     command
 }
 
+/// Images are named by their format.
+fn format_of(image: &Path) -> &str {
+    image.extension().and_then(|format| format.to_str()).expect("an image's name")
+}
+
 fn run(command: &mut Command) -> Output {
     command.stdin(Stdio::null());
     match command.output() {
@@ -38,10 +43,10 @@ pub fn img(folder: &Path, args: &[&str]) -> String {
     must(tool("qemu-img").current_dir(folder).args(args))
 }
 
-/// `qemu-io -f qed` with these commands, which must succeed, and not say that a pattern does not match.
+/// `qemu-io` with these commands, which must succeed, and not say that a pattern does not match.
 pub fn io(image: &Path, commands: &[&str]) {
     let mut command = tool("qemu-io");
-    command.args(["-f", "qed"]);
+    command.args(["-f", format_of(image)]);
     for text in commands {
         command.args(["-c", text]);
     }
@@ -53,14 +58,14 @@ pub fn io(image: &Path, commands: &[&str]) {
 /// What `qemu-io` says on standard error when it opens the image: nothing where it could.
 pub fn open_words(image: &Path, read_only: bool) -> String {
     let mut command = tool("qemu-io");
-    command.args(["-f", "qed"]).args(read_only.then_some("-r")).args(["-c", "length"]).arg(image);
+    command.args(["-f", format_of(image)]).args(read_only.then_some("-r")).args(["-c", "length"]).arg(image);
     String::from_utf8(run(&mut command).stderr).expect("text")
 }
 
 /// `qemu-img check` finds nothing: no corruption and no leak.
 #[track_caller]
 pub fn check(image: &Path) {
-    must(tool("qemu-img").args(["check", "-q", "-f", "qed"]).arg(image));
+    must(tool("qemu-img").args(["check", "-q", "-f", format_of(image)]).arg(image));
 }
 
 /// `qemu-img compare` finds the image's guest bytes to be these.
@@ -68,7 +73,7 @@ pub fn check(image: &Path) {
 pub fn compare(image: &Path, bytes: &[u8]) {
     let flat = tempfile::NamedTempFile::new().expect("room");
     std::fs::write(flat.path(), bytes).expect("room");
-    must(tool("qemu-img").args(["compare", "-f", "qed", "-F", "raw"]).arg(image).arg(flat.path()));
+    must(tool("qemu-img").args(["compare", "-f", format_of(image), "-F", "raw"]).arg(image).arg(flat.path()));
 }
 
 /// A qemu-io that has the image open for writing until it is dropped.
@@ -80,7 +85,7 @@ pub struct Holder {
 impl Holder {
     pub fn start(image: &Path) -> Self {
         let mut command = tool("qemu-io");
-        command.args(["-f", "qed"]).arg(image).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.args(["-f", format_of(image)]).arg(image).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = match command.spawn() {
             Ok(child) => child,
             Err(error) => panic!("{command:?}: {error} (Debian: apt install qemu-utils)"),

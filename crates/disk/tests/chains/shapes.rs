@@ -1,4 +1,4 @@
-//! Chains of every shape, used at random beside the flat model, then judged by QEMU.
+//! Chains of every shape and mix of formats, used at random beside the flat model, then judged by QEMU.
 
 use readonce_disk::chain::{ChainOptions, CopyOnRead};
 use readonce_testkit::{Content, Fault, When};
@@ -12,7 +12,7 @@ use super::{
 /// Rounds of up to four requests each.
 const ROUNDS: usize = 150;
 
-/// Sizes in bytes; the bottom is raw, the others are QED.
+/// Sizes in bytes; the bottom is raw.
 #[derive(Debug, Clone, Copy)]
 struct Shape {
     bottom: u64,
@@ -21,6 +21,46 @@ struct Shape {
     cluster_size: u64,
     middle_fills: bool,
     top_fills: bool,
+    formats: Formats,
+}
+
+/// Formats of the middle and of the top.
+#[derive(Debug, Clone, Copy)]
+struct Formats {
+    middle: &'static str,
+    top: &'static str,
+    /// With subclusters, where clusters are large enough.
+    extended: bool,
+}
+
+const QED: Formats = Formats { middle: "qed", top: "qed", extended: false };
+const MIXED: [Formats; 4] = [
+    Formats { middle: "qcow2", top: "qcow2", extended: false },
+    Formats { middle: "qed", top: "qcow2", extended: true },
+    Formats { middle: "qcow2", top: "qed", extended: false },
+    Formats { middle: "qcow2", top: "qcow2", extended: true },
+];
+
+impl Shape {
+    fn names(&self) -> (String, String) {
+        (format!("middle.{}", self.formats.middle), format!("top.{}", self.formats.top))
+    }
+
+    fn extended(&self, format: &str) -> bool {
+        self.formats.extended && format == "qcow2" && self.cluster_size >= 16384
+    }
+
+    fn middle<'a>(&self, backing: &'a str) -> Spec<'a> {
+        let extended = self.extended(self.formats.middle);
+        let (cluster_size, copy_on_read) = (self.cluster_size, self.middle_fills);
+        Spec { cluster_size, copy_on_read, extended, ..above(backing, "raw", self.middle) }
+    }
+
+    fn top<'a>(&self, backing: &'a str) -> Spec<'a> {
+        let extended = self.extended(self.formats.top);
+        let (cluster_size, copy_on_read) = (self.cluster_size, self.top_fills);
+        Spec { cluster_size, copy_on_read, extended, ..above(backing, self.formats.middle, self.top) }
+    }
 }
 
 const EVEN: Shape = Shape {
@@ -30,6 +70,7 @@ const EVEN: Shape = Shape {
     cluster_size: 65536,
     middle_fills: false,
     top_fills: true,
+    formats: QED,
 };
 
 /// Each image is shorter or longer than the one behind it, or ends inside a cluster, or both.
@@ -66,72 +107,76 @@ async fn check_files(seed: u64, shape: Shape) {
     let place = Place::new();
     let bottom = content(seed, shape.bottom).bytes(0..shape.bottom);
     place.raw("base.raw", &bottom);
-    let Shape { cluster_size, middle_fills, top_fills, .. } = shape;
-    let middle = Spec { cluster_size, copy_on_read: middle_fills, ..above("base.raw", "raw", shape.middle) };
-    place.create("middle.qed", middle).await;
+    let (middle, top) = shape.names();
+    place.create(&middle, shape.middle("base.raw")).await;
     let mut model = Model::over(seed, &bottom, shape.middle);
-    use_at_random(&mut model, place.open("middle.qed", options()).await).await;
-    qemu::compare(&place.path("middle.qed"), &model.bytes);
+    use_at_random(&mut model, place.open(&middle, options()).await).await;
+    qemu::compare(&place.path(&middle), &model.bytes);
     let middle_bytes = model.bytes;
 
-    let top = Spec { cluster_size, copy_on_read: top_fills, ..above("middle.qed", "qed", shape.top) };
-    place.create("top.qed", top).await;
+    place.create(&top, shape.top(&middle)).await;
     let mut model = Model::over(seed + 1, &middle_bytes, shape.top);
-    use_at_random(&mut model, place.open("top.qed", options()).await).await;
-    for image in ["middle.qed", "top.qed"] {
+    use_at_random(&mut model, place.open(&top, options()).await).await;
+    for image in [&middle, &top] {
         qemu::check(&place.path(image));
     }
-    qemu::compare(&place.path("top.qed"), &model.bytes);
-    qemu::compare(&place.path("middle.qed"), &middle_bytes);
+    qemu::compare(&place.path(&top), &model.bytes);
+    qemu::compare(&place.path(&middle), &middle_bytes);
     assert!(place.bytes_of("base.raw") == bottom, "a backing is never written");
 
     let read_only = ChainOptions { read_only: true, copy_on_read: CopyOnRead::Off, ..options() };
-    let opened = place.open("top.qed", read_only).await;
+    let opened = place.open(&top, read_only).await;
     model.check_all(opened.disk()).await;
     opened.close().await;
-    let opened = place.open("top.qed", options()).await;
+    let opened = place.open(&top, options()).await;
     model.use_disk(opened.disk(), ROUNDS / 3).await;
     model.check_all(opened.disk()).await;
     opened.close().await;
-    qemu::check(&place.path("top.qed"));
-    qemu::compare(&place.path("top.qed"), &model.bytes);
+    qemu::check(&place.path(&top));
+    qemu::compare(&place.path(&top), &model.bytes);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn files_above_files() {
     for (index, shape) in (0..).zip(shapes()) {
-        println!("seed {}: {shape:?}", 10 * index);
-        check_files(10 * index, shape).await;
+        let mixed = MIXED[index as usize % MIXED.len()];
+        for formats in [QED, mixed] {
+            let shape = Shape { formats, ..shape };
+            println!("seed {}: {shape:?}", 10 * index);
+            check_files(10 * index, shape).await;
+        }
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_url_at_the_bottom() {
     for (index, shape) in (0..).zip(shapes()) {
+        let shape = match index % 3 {
+            0 => shape,
+            _ => Shape { formats: MIXED[(index as usize + 1) % MIXED.len()], ..shape },
+        };
         println!("seed {}: {shape:?}", 500 + index);
         let content = content(500 + index, shape.bottom);
         let origin = serve(&content).await;
         let place = Place::new();
-        let Shape { cluster_size, middle_fills, top_fills, .. } = shape;
+        let (middle, top) = shape.names();
         let url = origin.url();
-        let middle = Spec { cluster_size, copy_on_read: middle_fills, ..above(&url, "raw", shape.middle) };
-        place.create("middle.qed", middle).await;
+        place.create(&middle, shape.middle(&url)).await;
         let mut model = Model::over(500 + index, &content.bytes(0..shape.bottom), shape.middle);
-        use_at_random(&mut model, place.open("middle.qed", options()).await).await;
-        place.check_with_qemu("middle.qed", &content, &model.bytes).await;
+        use_at_random(&mut model, place.open(&middle, options()).await).await;
+        place.check_with_qemu(&middle, &content, &model.bytes).await;
 
-        let top = Spec { cluster_size, copy_on_read: top_fills, ..above("middle.qed", "qed", shape.top) };
-        place.create("top.qed", top).await;
+        place.create(&top, shape.top(&middle)).await;
         let mut model = Model::over(600 + index, &model.bytes, shape.top);
-        use_at_random(&mut model, place.open("top.qed", options()).await).await;
-        let opened = place.open("top.qed", options()).await;
+        use_at_random(&mut model, place.open(&top, options()).await).await;
+        let opened = place.open(&top, options()).await;
         model.check_all(opened.disk()).await;
         opened.close().await;
-        place.rebase("middle.qed", "base.raw", "raw").await;
+        place.rebase(&middle, "base.raw", "raw").await;
         place.raw("base.raw", &content.bytes(0..shape.bottom));
-        qemu::check(&place.path("middle.qed"));
-        qemu::check(&place.path("top.qed"));
-        qemu::compare(&place.path("top.qed"), &model.bytes);
+        qemu::check(&place.path(&middle));
+        qemu::check(&place.path(&top));
+        qemu::compare(&place.path(&top), &model.bytes);
     }
 }
 
