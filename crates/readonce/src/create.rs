@@ -217,7 +217,12 @@ fn pin(layer: &Layer, format: &str) -> Option<Pin> {
 fn is_same_file(place: &Path, other: &Locator) -> bool {
     use std::os::unix::fs::MetadataExt;
     let Locator::File(other) = other else { return false };
-    if place == other {
+    // Neither needs to be there yet.
+    let settled = |path: &Path| {
+        let path = std::path::absolute(path).ok()?;
+        Some(std::fs::canonicalize(path.parent()?).ok()?.join(path.file_name()?))
+    };
+    if place == other || settled(place).is_some_and(|place| settled(other) == Some(place)) {
         return true;
     }
     match (std::fs::metadata(place), std::fs::metadata(other)) {

@@ -13,39 +13,54 @@ fn info(folder: &Path, image: &str) -> Value {
 
 #[test]
 fn amend_turns_copy_on_read_on_and_off() {
+    for (format, name) in [("qed", "QED"), ("qcow2", "qcow2")] {
+        amend(format, name);
+    }
+}
+
+fn amend(format: &str, name: &str) {
     let folder = folder();
     let at = folder.path();
     std::fs::write(at.join("base.raw"), vec![7; 1 << 20]).expect("room");
-    readonce(at, &["create", "-q", "-f", "qed", "-b", "base.raw", "-F", "raw", "c.qed"]).ok();
+    readonce(at, &["create", "-q", "-f", format, "-b", "base.raw", "-F", "raw", "c.img"]).ok();
     for (option, on) in [("copy_on_read=on", true), ("copy_on_read=off", false), ("copy_on_read", true)] {
-        readonce(at, &["amend", "-o", option, "c.qed"]).ok();
-        assert_eq!(info(at, "c.qed")["readonce"]["copy-on-read"], on);
+        readonce(at, &["amend", "-o", option, "c.img"]).ok();
+        assert_eq!(info(at, "c.img")["readonce"]["copy-on-read"], on);
     }
-    qemu_io(at, &["-c", "read -P 7 0 1M", "c.qed"]).ok();
-    readonce(at, &["amend", "-o", "cluster_size=4k", "c.qed"]).fails(1, "only copy_on_read can change");
-    readonce(at, &["amend", "c.qed"]).fails(1, "Must specify options (-o)");
-    readonce(at, &["create", "-q", "-f", "qed", "alone.qed", "1M"]).ok();
-    readonce(at, &["amend", "-o", "copy_on_read", "alone.qed"])
-        .fails(1, "QED only supports Copy-on-Read with a backing file");
+    qemu_io(at, &["-c", "read -P 7 0 1M", "c.img"]).ok();
+    readonce(at, &["amend", "-o", "cluster_size=4k", "c.img"]).fails(1, "only copy_on_read can change");
+    readonce(at, &["amend", "-o", "compat=v2", "c.img"]).fails(1, "only copy_on_read can change");
+    readonce(at, &["amend", "-o", "nothing=4", "c.img"]).fails(1, "Invalid parameter 'nothing'");
+    readonce(at, &["amend", "c.img"]).fails(1, "Must specify options (-o)");
+    readonce(at, &["create", "-q", "-f", format, "alone.img", "1M"]).ok();
+    readonce(at, &["amend", "-o", "copy_on_read", "alone.img"])
+        .fails(1, &format!("{name} only supports Copy-on-Read with a backing file"));
+    qemu_img(at, &["check", "-f", format, "c.img"]).ok();
 }
 
 #[test]
 fn resize_grows_and_never_shrinks() {
+    for (format, size_max_told) in [("qed", "Invalid image size"), ("qcow2", "The image size is too large")] {
+        resize(format, size_max_told);
+    }
+}
+
+fn resize(format: &str, size_max_told: &str) {
     let folder = folder();
     let at = folder.path();
-    readonce(at, &["create", "-q", "-f", "qed", "a.qed", "1M"]).ok();
-    qemu_io(at, &["-c", "write -P 5 0 1M", "a.qed"]).ok();
-    assert_eq!(readonce(at, &["resize", "a.qed", "+1M"]).ok().out, "Image resized.\n");
-    assert_eq!(readonce(at, &["resize", "-q", "a.qed", "3M"]).ok().out, "");
-    assert_eq!(info(at, "a.qed")["virtual-size"], 3 << 20);
-    qemu_io(at, &["-c", "read -P 5 0 1M", "-c", "read -P 0 1M 2M", "a.qed"]).ok();
-    qemu_img(at, &["check", "a.qed"]).ok();
+    readonce(at, &["create", "-q", "-f", format, "a.img", "1M"]).ok();
+    qemu_io(at, &["-c", "write -P 5 0 1M", "a.img"]).ok();
+    assert_eq!(readonce(at, &["resize", "a.img", "+1M"]).ok().out, "Image resized.\n");
+    assert_eq!(readonce(at, &["resize", "-q", "a.img", "3M"]).ok().out, "");
+    assert_eq!(info(at, "a.img")["virtual-size"], 3 << 20);
+    qemu_io(at, &["-c", "read -P 5 0 1M", "-c", "read -P 0 1M 2M", "a.img"]).ok();
+    qemu_img(at, &["check", "a.img"]).ok();
     for size in ["1M", "-1M", "0"] {
-        readonce(at, &["resize", "--", "a.qed", size])
+        readonce(at, &["resize", "--", "a.img", size])
             .fails(1, "Shrinking images is currently not supported");
     }
-    readonce(at, &["resize", "a.qed", "100T"]).fails(1, "Invalid image size");
-    assert_eq!(info(at, "a.qed")["virtual-size"], 3 << 20);
+    readonce(at, &["resize", "a.img", "100P"]).fails(1, size_max_told);
+    assert_eq!(info(at, "a.img")["virtual-size"], 3 << 20);
 }
 
 /// Reads the first cluster, so that it is local.
@@ -57,26 +72,38 @@ fn fill(folder: &Path, image: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rebase_keeps_the_pin_where_the_version_is_the_same() {
+    for format in ["qed", "qcow2"] {
+        rebase_keeps(format).await;
+    }
+}
+
+async fn rebase_keeps(format: &str) {
     let folder = folder();
     let at = folder.path();
     let (origin, moved) = (origin().await, origin().await);
     readonce(
         at,
-        &["create", "-q", "-f", "qed", "-o", "copy_on_read", "-b", &origin.url(), "-F", "raw", "c.qed"],
+        &["create", "-q", "-f", format, "-o", "copy_on_read", "-b", &origin.url(), "-F", "raw", "c.img"],
     )
     .ok();
-    fill(at, "c.qed");
-    let before = info(at, "c.qed");
-    readonce(at, &["rebase", "-u", "-b", &moved.url(), "-F", "raw", "c.qed"]).ok();
-    let after = info(at, "c.qed");
+    fill(at, "c.img");
+    let before = info(at, "c.img");
+    readonce(at, &["rebase", "-u", "-b", &moved.url(), "-F", "raw", "c.img"]).ok();
+    let after = info(at, "c.img");
     assert_eq!(after["backing-filename"], moved.url());
     assert_eq!(after["readonce"], before["readonce"]);
     origin.vanish().await;
-    readonce(at, &["io", "-c", "read 1M 64k", "c.qed"]).ok();
+    readonce(at, &["io", "-c", "read 1M 64k", "c.img"]).ok();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rebase_never_mixes_two_versions() {
+    for format in ["qed", "qcow2"] {
+        rebase_never_mixes(format).await;
+    }
+}
+
+async fn rebase_never_mixes(format: &str) {
     let folder = folder();
     let at = folder.path();
     let (origin, other) = (origin().await, origin().await);
@@ -84,30 +111,30 @@ async fn rebase_never_mixes_two_versions() {
     let create = |name: &str| {
         readonce(
             at,
-            &["create", "-q", "-f", "qed", "-o", "copy_on_read", "-b", &origin.url(), "-F", "raw", name],
+            &["create", "-q", "-f", format, "-o", "copy_on_read", "-b", &origin.url(), "-F", "raw", name],
         )
         .ok();
     };
-    create("filled.qed");
-    create("empty.qed");
-    fill(at, "filled.qed");
-    let before = std::fs::read(at.join("filled.qed")).expect("an image");
-    readonce(at, &["rebase", "-u", "-b", &other.url(), "-F", "raw", "filled.qed"])
+    create("filled.img");
+    create("empty.img");
+    fill(at, "filled.img");
+    let before = std::fs::read(at.join("filled.img")).expect("an image");
+    readonce(at, &["rebase", "-u", "-b", &other.url(), "-F", "raw", "filled.img"])
         .fails(1, "versions must not be mixed");
-    assert_eq!(std::fs::read(at.join("filled.qed")).expect("an image"), before);
+    assert_eq!(std::fs::read(at.join("filled.img")).expect("an image"), before);
 
-    let told = readonce(at, &["rebase", "-u", "-b", &other.url(), "-F", "raw", "empty.qed"]).ok();
+    let told = readonce(at, &["rebase", "-u", "-b", &other.url(), "-F", "raw", "empty.img"]).ok();
     assert!(told.err.contains("no cluster is local yet, so the new version is pinned"), "{told:?}");
-    assert_eq!(info(at, "empty.qed")["readonce"]["pin"]["validator"], "ETag \"other\"");
-    readonce(at, &["io", "-c", "read 0 64k", "empty.qed"]).ok();
+    assert_eq!(info(at, "empty.img")["readonce"]["pin"]["validator"], "ETag \"other\"");
+    readonce(at, &["io", "-c", "read 0 64k", "empty.img"]).ok();
 
     other.vanish().await;
-    readonce(at, &["rebase", "--retry-for", "100ms", "-u", "-b", &other.url(), "-F", "raw", "filled.qed"])
+    readonce(at, &["rebase", "--retry-for", "100ms", "-u", "-b", &other.url(), "-F", "raw", "filled.img"])
         .fails(1, "versions must not be mixed");
-    readonce(at, &["rebase", "-u", "-b", "x.raw", "filled.qed"]).fails(1, "backing format must be specified");
-    readonce(at, &["rebase", "-b", "x.raw", "-F", "raw", "filled.qed"])
+    readonce(at, &["rebase", "-u", "-b", "x.raw", "filled.img"]).fails(1, "backing format must be specified");
+    readonce(at, &["rebase", "-b", "x.raw", "-F", "raw", "filled.img"])
         .fails(1, "only rebase -u is supported");
-    readonce(at, &["rebase", "-u", "-b", "", "filled.qed"]).ok();
-    assert_eq!(info(at, "filled.qed").get("backing-filename"), None);
-    qemu_img(at, &["check", "filled.qed"]).ok();
+    readonce(at, &["rebase", "-u", "-b", "", "filled.img"]).ok();
+    assert_eq!(info(at, "filled.img").get("backing-filename"), None);
+    qemu_img(at, &["check", "filled.img"]).ok();
 }

@@ -2,7 +2,7 @@
 
 use std::process::Stdio;
 
-use crate::common::{Ran, command, folder, qemu_img, qemu_io, readonce};
+use crate::common::{KEEPERS, Ran, command, folder, qemu_img, qemu_io, readonce};
 
 /// Without the figures that no two runs share.
 fn without_times(ran: Ran) -> Ran {
@@ -17,10 +17,18 @@ fn without_times(ran: Ran) -> Ran {
 
 #[test]
 fn the_words_are_those_of_qemu_io() {
+    for keeper in KEEPERS {
+        words_in(keeper);
+    }
+}
+
+fn words_in((format, options): (&str, &str)) {
+    let options = format!("{options}cluster_size={}", if options.is_empty() { "64k" } else { "128k" });
     let (theirs, ours) = (folder(), folder());
     for at in [theirs.path(), ours.path()] {
         std::fs::write(at.join("base.raw"), vec![0x5a; 1 << 20]).expect("room");
-        qemu_img(at, &["create", "-q", "-f", "qed", "-b", "base.raw", "-F", "raw", "w.qed"]).ok();
+        qemu_img(at, &["create", "-q", "-f", format, "-o", &options, "-b", "base.raw", "-F", "raw", "w.img"])
+            .ok();
     }
     for commands in [
         &["read 0 64k", "length", "read -P 0x5a 0 1M"][..],
@@ -44,18 +52,18 @@ fn the_words_are_those_of_qemu_io() {
         &["quit", "read 0 1k"],
     ] {
         let mut arguments: Vec<&str> = commands.iter().flat_map(|command| ["-c", command]).collect();
-        arguments.push("w.qed");
+        arguments.push("w.img");
         let wanted = without_times(qemu_io(theirs.path(), &arguments));
         arguments.insert(0, "io");
         assert_eq!(without_times(readonce(ours.path(), &arguments)), wanted, "{commands:?}");
     }
     // Ours has fewer options, so its usage is another.
-    let refused = readonce(ours.path(), &["io", "-c", "write -x 0 1", "w.qed"])
+    let refused = readonce(ours.path(), &["io", "-c", "write -x 0 1", "w.img"])
         .fails(1, "write: invalid option -- 'x'\n");
     assert!(refused.out.starts_with("write [-"), "{refused:?}");
-    qemu_img(ours.path(), &["check", "w.qed"]).ok();
-    let theirs = theirs.path().join("w.qed");
-    qemu_img(ours.path(), &["compare", "w.qed", theirs.to_str().expect("text")]).ok();
+    qemu_img(ours.path(), &["check", "w.img"]).ok();
+    let theirs = theirs.path().join("w.img");
+    qemu_img(ours.path(), &["compare", "w.img", theirs.to_str().expect("text")]).ok();
 }
 
 #[test]
@@ -95,4 +103,31 @@ fn copy_on_read_and_read_only() {
     local("65536/1048576");
     readonce(at, &["io", "--drive", "file=w.qed,cor=on,if=virtio", "-c", "read 64k 1"]).ok();
     local("131072/1048576");
+}
+
+#[test]
+fn an_end_of_standard_output_is_told_or_silent_and_the_image_is_closed_clean() {
+    let folder = folder();
+    let at = folder.path();
+    for format in ["qed", "qcow2"] {
+        readonce(at, &["create", "-q", "-f", format, "w.img", "4M"]).ok();
+        let full = std::fs::File::options().write(true).open("/dev/full").expect("Linux has it");
+        let output = command(at).args(["info", "w.img"]).stdout(full).output().expect("it runs");
+        let err = String::from_utf8(output.stderr).expect("text");
+        assert_eq!(err, "readonce: Could not write to standard output: No space left on device\n");
+        assert_eq!(output.status.code(), Some(1));
+
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let output = command(at)
+            .args(["io", "-c", "write 0 64k", "-c", "length", "-c", "write 1M 64k", "w.img"])
+            .stdout(writer)
+            .output()
+            .expect("it runs");
+        assert_eq!((output.status.code(), output.stderr), (Some(141), Vec::new()));
+        let told = qemu_img(at, &["info", "w.img"]).ok();
+        assert!(!told.out.contains("cleanly shut down: no"), "{told:?}");
+        let told = readonce(at, &["check", "w.img"]).ok();
+        assert!(told.out.contains("1/64 = 1.56% allocated"), "{told:?}");
+    }
 }

@@ -1,7 +1,7 @@
 //! The command line as a person and a script meet it: the binary itself, qemu-img, qemu-io and NBD clients beside it.
 //!
 //! - `common`: running things. `images`: create, info, map, check, against qemu-img. `changes`: amend, rebase, resize.
-//!   `refusals`: bad input. `io`: against qemu-io. `serve`, `run`: with clients. `demo`.
+//!   `snapshots`: against qemu-img. `refusals`: bad input. `io`: against qemu-io. `serve`, `run`: with clients. `demo`.
 
 #![allow(clippy::disallowed_methods, reason = "tests outside the engine: real processes, real time")]
 
@@ -13,3 +13,4 @@ mod io;
 mod refusals;
 mod run;
 mod serve;
+mod snapshots;

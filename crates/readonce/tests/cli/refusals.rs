@@ -34,6 +34,23 @@ fn what_is_refused_makes_nothing() {
             "create -f qed -b base.raw -F raw -o cluster_size=128M x.qed",
             "cluster size must be within range [4096, 67108864]",
         ),
+        (
+            "create -f qcow2 -o copy_on_read x.qcow2 1M",
+            "x.qcow2: qcow2 only supports Copy-on-Read with a backing file",
+        ),
+        (
+            "create -f qcow2 -o copy_on_read there.qed 1M",
+            "there.qed: qcow2 only supports Copy-on-Read with a backing file",
+        ),
+        (
+            "create -f qcow2 -o encrypt.format=luks x.qcow2 1M",
+            "LUKS or AES encryption cannot be made or used",
+        ),
+        ("create -f qcow2 -o encryption=on x.qcow2 1M", "LUKS or AES encryption cannot be made or used"),
+        (
+            "create -f qcow2 -b over.qed -F qed -o data_file=base.raw x.qcow2",
+            "the backing chain holds the file that is to hold the data",
+        ),
         ("create -f qed -b base.raw -F raw same.raw", "same filename as the backing file"),
         ("create -f qed -b over.qed -F qed base.raw", "the backing chain holds the file that is to be made"),
         ("create -f qed -b ftp://host/x -F raw x.qed 1M", "Unknown protocol 'ftp'"),
@@ -153,6 +170,28 @@ fn broken_images_are_told_by_field_value_and_limit() {
     }
     std::fs::write(at.join("bad.qed"), &good[..40]).expect("room");
     readonce(at, &["info", "bad.qed"]).fails(1, "Could not open 'bad.qed'");
+    // qcow2, whose numbers go the other way round.
+    qemu_img(at, &["create", "-q", "-f", "qcow2", "good.qcow2", "1M"]).ok();
+    let good = std::fs::read(at.join("good.qcow2")).expect("an image");
+    for (place, value, words) in [
+        (4, 9_u32, "Unsupported qcow2 version 9"),
+        (20, 30, "cluster_bits"),
+        (32, 1, "AES encryption of qcow2 images is not supported"),
+        (32, 2, "LUKS encryption of qcow2 images is not supported"),
+        (36, u32::MAX, "l1_size"),
+        (40, 1 << 30, "l1_table_offset"),
+        (76, 1 << 20, "Unsupported qcow2 feature(s): Unknown incompatible feature: 100000"),
+        (96, 7, "refcount_order"),
+    ] {
+        let mut bad = good.clone();
+        bad[place..place + 4].copy_from_slice(&value.to_be_bytes());
+        std::fs::write(at.join("bad.qcow2"), bad).expect("room");
+        for arguments in
+            [&["info", "bad.qcow2"][..], &["io", "-c", "length", "bad.qcow2"], &["map", "bad.qcow2"]]
+        {
+            readonce(at, arguments).fails(1, "Could not open 'bad.qcow2'").fails(1, words);
+        }
+    }
     // A chain that comes back to itself.
     qemu_img(at, &["create", "-q", "-f", "qed", "-u", "-b", "two.qed", "-F", "qed", "one.qed", "1M"]).ok();
     qemu_img(at, &["create", "-q", "-f", "qed", "-u", "-b", "one.qed", "-F", "qed", "two.qed", "1M"]).ok();

@@ -128,6 +128,72 @@ async fn an_image_of_ones_own_keeps_everything() {
     assert_eq!(names(at), ["own.qed"]);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_is_made_in_the_format_asked_and_keeps_it() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    let url = origin.url();
+    let format = |image: &str| {
+        let told = readonce(at, &["info", "--output=json", image]).ok().out;
+        let told: serde_json::Value = serde_json::from_str(&told).expect("JSON");
+        (
+            told["format"].clone(),
+            told["cluster-size"].clone(),
+            told["format-specific"]["data"]["extended-l2"].clone(),
+        )
+    };
+    let subclusters = ("qcow2".into(), 131_072.into(), true.into());
+    let qed = ("qed".into(), 65_536.into(), serde_json::Value::Null);
+    // In the cache: what is there is used, whatever -f says.
+    let read = "qemu-io -r -f raw -c 'read 1M 64k' {uri}";
+    for asked in [&["-f", "qed"][..], &[], &["-f", "qcow2"]] {
+        let arguments = [&["run"], asked, &[&url, "--", "sh", "-c", read]].concat();
+        readonce(at, &arguments).ok();
+        assert_eq!(cache(at, ".qcow2"), Vec::<String>::new());
+        assert_eq!(format(&format!("cache/readonce/{}", cache(at, ".qed")[0])), qed);
+    }
+    std::fs::remove_dir_all(at.join("cache")).expect("a folder");
+    readonce(at, &["run", &url, "--", "sh", "-c", read]).ok();
+    assert_eq!(format(&format!("cache/readonce/{}", cache(at, ".qcow2")[0])), subclusters);
+    // A page is fetched and kept as a page.
+    let fetched = origin.body_bytes();
+    readonce(at, &["run", &url, "--", "sh", "-c", "qemu-io -r -f raw -c 'read 2M 4k' {uri}"]).ok();
+    assert!(origin.body_bytes() - fetched < 4096 + 10, "{}", origin.body_bytes() - fetched);
+    // A page is written without any of the backing.
+    let fetched = origin.body_bytes();
+    readonce(at, &["run", &url, "--", "sh", "-c", "qemu-io -f raw -c 'write 3M 4k' -c flush {uri}"]).ok();
+    assert!(origin.body_bytes() - fetched < 10, "{}", origin.body_bytes() - fetched);
+
+    for (image, asked, wanted) in [("own", &[][..], &subclusters), ("own.qed", &["-f", "qed"], &qed)] {
+        for _ in 0..2 {
+            let arguments = [&["run", "--image", image], asked, &[&url, "--", "true"]].concat();
+            readonce(at, &arguments).ok();
+            assert_eq!(format(image), *wanted);
+        }
+        readonce(at, &["run", image, "--", "true"]).ok();
+    }
+    readonce(at, &["run", "-f", "raw", &url, "--", "true"]).fails(1, "'raw' cannot keep what is read");
+    readonce(at, &["run", "-f", "nope", "--image", "x", &url, "--", "true"])
+        .fails(1, "Unknown driver 'nope'");
+    readonce(at, &["run", "-F", "qcow2", "--image", "x", &url, "--", "true"]).fails(1, "not in qcow2 format");
+    assert_eq!(names(at), ["cache", "own", "own.qed"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_url_given_for_nothing_is_told() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    let (url, other) = (origin.url(), origin.url_of("/other?sig=secret"));
+    let told = readonce(at, &["run", "--url", &other, &url, "--", "true"]).ok();
+    let warning =
+        format!("warning: --url {}: no image here is known to name this place", origin.url_of("/other"));
+    assert!(told.err.contains(&warning) && !told.err.contains("secret"), "{told:?}");
+    let told = readonce(at, &["run", "--url", &format!("{url}?sig=secret"), &url, "--", "true"]).ok();
+    assert!(!told.err.contains("--url"), "{told:?}");
+}
+
 #[test]
 fn the_status_is_that_of_the_command() {
     let folder = folder();
