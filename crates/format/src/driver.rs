@@ -90,8 +90,10 @@ pub struct Description {
     pub pin: Option<Pin>,
     /// Whether only readonce wrote since the pin was set; meaningless without a pin.
     pub only_readonce_wrote: bool,
-    /// Whether the image is marked as not closed clean.
+    /// Whether the image is marked as not closed clean, by a mark that every program knows.
     pub dirty: bool,
+    /// Whether a mark of ours says that the image is in use, or was and not closed clean.
+    pub in_use: bool,
     /// Bytes of the header area still free for a longer backing name and record.
     pub header_bytes_max: u64,
     /// The file that holds the data, where that is not the image's own.

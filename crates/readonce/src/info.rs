@@ -128,7 +128,7 @@ impl<'a> Facts<'a> {
             all.insert("backing-filename".into(), backing.name.as_str().into());
         }
         all.insert("dirty-flag".into(), description.dirty.into());
-        if backing.is_some() {
+        if backing.is_some() || description.in_use {
             all.insert("readonce".into(), self.ours_json());
         }
         Value::Object(all)
@@ -138,6 +138,9 @@ impl<'a> Facts<'a> {
         let description = &self.layer.description;
         let mut ours = Map::new();
         ours.insert("copy-on-read".into(), description.copy_on_read.into());
+        if description.in_use {
+            ours.insert("in-use".into(), true.into());
+        }
         if let Some(pin) = &description.pin {
             ours.insert("pin".into(), json!({"validator": validator(pin), "length": pin.len}));
             ours.insert("only-readonce-wrote".into(), description.only_readonce_wrote.into());
@@ -180,6 +183,9 @@ impl<'a> Facts<'a> {
         let _ = writeln!(out, "    protocol type: {}", self.protocol);
         let _ = writeln!(out, "    file length: {}", bytes(self.file_bytes));
         let _ = writeln!(out, "    disk size: {disk_size}");
+        if description.in_use {
+            let _ = writeln!(out, "in use by readonce, or not closed clean: yes");
+        }
         if description.backing.is_some() {
             let _ = writeln!(out, "copy on read: {}", if description.copy_on_read { "on" } else { "off" });
             if let Some(pin) = &description.pin {

@@ -162,6 +162,7 @@ impl Header {
             pin: self.pin.clone(),
             only_readonce_wrote: fields.autoclear_features.get() & AUTOCLEAR_ONLY_READONCE != 0,
             dirty: self.need_check(),
+            in_use: false,
             header_bytes_max: self.bytes_free(),
             data_file: None,
             details: Vec::new(),

@@ -160,6 +160,7 @@ impl Driver for Raw {
                 pin: None,
                 only_readonce_wrote: false,
                 dirty: false,
+                in_use: false,
                 header_bytes_max: 0,
                 data_file: None,
                 details: Vec::new(),

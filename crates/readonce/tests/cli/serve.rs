@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use readonce_testkit::{Content, Fault, When};
 
 use crate::common::{
-    KEEPERS, ORIGIN_BYTES, Serving, command, folder, names, origin, qemu_img, qemu_io, readonce,
+    KEEPERS, ORIGIN_BYTES, Ran, Serving, command, folder, names, origin, qemu_img, qemu_io, readonce,
     write_origin_bytes,
 };
 
@@ -128,6 +128,7 @@ async fn after_kill_nothing_is_corrupt_and_what_was_flushed_is_there() {
 }
 
 async fn after_kill_nothing_is_corrupt_in(keeper: (&str, &str)) {
+    let (format, _) = keeper;
     let folder = folder();
     let at = folder.path();
     let origin = origin().await;
@@ -140,6 +141,13 @@ async fn after_kill_nothing_is_corrupt_in(keeper: (&str, &str)) {
         qemu_io(at, &["-f", "raw", "-c", &flushed, "-c", "flush", "-c", "read 0 2M", &serving.uri]).ok();
         qemu_io(at, &["-f", "raw", "-c", &unflushed, &serving.uri]).ok();
         assert_eq!(serving.end_by(libc::SIGKILL).code, None);
+        // The mark of qcow2 is ours alone. QEMU knows QED's, and does not tell of it.
+        let told = |ran: Ran| -> serde_json::Value { serde_json::from_str(&ran.ok().out).expect("JSON") };
+        let info = ["info", "-U", "--output=json", "c.img"];
+        let (ours, theirs) = (told(readonce(at, &info)), told(qemu_img(at, &info)));
+        let marked = (ours["dirty-flag"] == true, ours["readonce"]["in-use"] == true);
+        assert_eq!(marked, if format == "qed" { (true, false) } else { (false, true) }, "{ours}");
+        assert_eq!(theirs["dirty-flag"], false);
         let checked = readonce(at, &["check", "-U", "c.img"]);
         assert!(matches!(checked.code, Some(0 | 3)), "{checked:?}");
         let commands: Vec<String> = (1..=round)
