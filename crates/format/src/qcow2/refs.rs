@@ -22,7 +22,7 @@ use readonce_storage::{BoxFuture, ReadAt, Storage};
 
 use super::{
     header::Header,
-    layout::{Layout, SECTOR_BYTES, SLICE_BYTES_MAX},
+    layout::{L1_ENTRY_BYTES, Layout, SECTOR_BYTES, SLICE_BYTES_MAX},
     mark::Mark,
     refcount::{Refcounts, TABLE_BYTES_MAX, TABLE_ENTRY_BYTES, TABLE_OFFSET_MASK},
     slice::raw_entries,
@@ -60,6 +60,8 @@ pub(super) struct Refs {
 struct State {
     /// Offsets of blocks, [`BAD`], or 0 where there is none.
     table: Vec<u64>,
+    /// What the file holds where an entry is bad.
+    bad: BTreeMap<u64, u64>,
     /// Table entries that the file does not have.
     unwritten: BTreeSet<u64>,
     /// The table that the header names.
@@ -97,14 +99,20 @@ enum Step {
     Busy(u64),
 }
 
-/// Reads the refcount table: the offsets of blocks, and [`BAD`] where one may not be there.
-async fn read_table(file: &dyn ReadAt, header: &Header) -> Result<Vec<u64>, FormatError> {
+/// Reads the refcount table: the offsets of blocks, [`BAD`] where one may not be there, and what the file holds in those places.
+async fn read_table(
+    file: &dyn ReadAt,
+    header: &Header,
+) -> Result<(Vec<u64>, BTreeMap<u64, u64>), FormatError> {
     let layout = &header.layout;
+    let l1 = header.fields.l1_table_offset;
+    let l1 = l1..l1 + u64::from(header.fields.l1_size) * L1_ENTRY_BYTES;
     let len = u64::from(header.fields.refcount_table_clusters) * layout.cluster_size();
     let start = header.fields.refcount_table_offset;
     // What lies past the end of the file is zeros.
     let there = file.len().saturating_sub(start).min(len);
     let mut table = Vec::new();
+    let mut bad = BTreeMap::new();
     let mut seen = BTreeSet::new();
     let mut at = 0;
     while at < there {
@@ -113,11 +121,19 @@ async fn read_table(file: &dyn ReadAt, header: &Header) -> Result<Vec<u64>, Form
         for raw in raw_entries(&read, false) {
             let block = raw.word & TABLE_OFFSET_MASK;
             let inside = block.checked_add(layout.cluster_size()).is_some_and(|end| end <= file.len());
-            let valid = raw.word == block && layout.valid_cluster(block) && inside;
+            // Writing a block there would destroy the other table.
+            let meets = |table: &Range<u64>| {
+                block < table.end && table.start < block.saturating_add(layout.cluster_size())
+            };
+            let alone = !meets(&l1) && !meets(&(start..start + len));
+            let valid = raw.word == block && layout.valid_cluster(block) && inside && alone;
             table.push(match block {
                 0 if raw.word == 0 => 0,
                 block if valid && seen.insert(block) => block,
-                _ => BAD,
+                _ => {
+                    bad.insert(bytes(table.len()), raw.word);
+                    BAD
+                }
             });
         }
         at += part;
@@ -125,12 +141,13 @@ async fn read_table(file: &dyn ReadAt, header: &Header) -> Result<Vec<u64>, Form
     while table.last() == Some(&0) {
         table.pop();
     }
-    Ok(table)
+    Ok((table, bad))
 }
 
 /// The refcounts of an image before it is known where its space ends.
 pub(super) struct Found {
     table: Vec<u64>,
+    bad: BTreeMap<u64, u64>,
     stored: Stored,
     layout: Layout,
 }
@@ -149,7 +166,8 @@ impl Found {
                 "must name a refcount table, of at least one cluster",
             ));
         }
-        Ok(Self { table: read_table(file, header).await?, stored, layout: header.layout })
+        let (table, bad) = read_table(file, header).await?;
+        Ok(Self { table, bad, stored, layout: header.layout })
     }
 
     /// Where table and blocks lie.
@@ -189,6 +207,7 @@ impl Refs {
     pub(super) fn new(file: Arc<dyn Storage>, found: Found, clusters: Arc<Clusters>) -> Self {
         let state = State {
             table: found.table,
+            bad: found.bad,
             unwritten: BTreeSet::new(),
             stored: found.stored,
             planned: None,
@@ -568,8 +587,12 @@ impl Refs {
         let mut out = BytesMut::new();
         for entry in entries {
             let hidden = state.unwritten.contains(&entry) && !shown.contains(&entry);
-            let at = state.table.get(index(entry)).copied().unwrap_or(0);
-            out.put_u64(if hidden || at == BAD { 0 } else { at });
+            out.put_u64(match state.table.get(index(entry)).copied() {
+                _ if hidden => 0,
+                None => 0,
+                Some(BAD) => state.bad.get(&entry).copied().unwrap_or_default(),
+                Some(at) => at,
+            });
         }
         out.freeze()
     }

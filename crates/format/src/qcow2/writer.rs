@@ -426,14 +426,17 @@ fn shorten(span: &mut Span, count: u64) {
     span.count = count.max(1);
 }
 
-/// Of `wanted`, the first units in a row that hold no data.
+/// Of `wanted`, the first units in a row that hold no data: all absent or all zero. A fill of absent units must not write
+/// where units lie that became zeros: the disk may still show there what they were.
 fn free_run(entry: Entry, wanted: Units) -> Units {
-    let free = wanted & !entry.data;
-    if free == 0 || free.trailing_zeros() != wanted.trailing_zeros() {
-        return 0;
-    }
-    let first = free.trailing_zeros();
-    let run = (free >> first).trailing_ones();
+    let first = wanted.trailing_zeros();
+    let is_first = |set: Units| set.checked_shr(first).is_some_and(|set| set & 1 == 1);
+    let same = match entry {
+        _ if is_first(entry.absent()) => entry.absent(),
+        Entry { zero, .. } if is_first(zero) => zero,
+        _ => return 0,
+    };
+    let run = (wanted & same).checked_shr(first).map_or(0, Units::trailing_ones);
     units(first.into(), u64::from(first + run))
 }
 

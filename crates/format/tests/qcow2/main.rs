@@ -9,6 +9,7 @@ mod damage;
 mod faults;
 mod guest;
 mod hostile;
+mod imago;
 mod mapper;
 mod mutated;
 mod oracle;

@@ -95,6 +95,11 @@ fn units_of_one_cluster_share_its_room() {
         let run = mapper.prepare(2 * UNIT, 10 * UNIT, Room::Data).await.unwrap();
         assert_eq!((run.at, run.len), (Some(place + 2 * UNIT), 3 * UNIT));
         drop(run);
+        // And one of absent units before a unit of zeros, where the disk may still show what was there.
+        mapper.prepare(3 * UNIT, UNIT, Room::Zero).await.unwrap().commit(CommitMode::Overwrite);
+        let run = mapper.prepare(2 * UNIT, 10 * UNIT, Room::Data).await.unwrap();
+        assert_eq!((run.at, run.len), (Some(place + 2 * UNIT), UNIT));
+        drop(run);
         assert_eq!(mapper.lookup(0, UNIT).await.unwrap().mapping, Mapping::Data(place));
         mapper.close().await.unwrap();
         assert_eq!(wrong(&guest.files.image).await, (0, 0));
@@ -182,6 +187,55 @@ fn what_a_snapshot_shows_is_shared_until_it_is_copied() {
             Guest::open(guest.files, guest.model).await.unwrap().check_reads().await;
         });
     }
+}
+
+#[test]
+fn what_only_seems_to_be_shared_is_copied_and_freed() {
+    // The flags say that table and clusters are shared, the refcounts that they are not: a crash of another program.
+    block_on(async {
+        let mut guest = Guest::new(&SMALL).await;
+        guest.fill(0, 4).await.unwrap();
+        guest.mapper.close().await.unwrap();
+        let file = guest.files.image.clone();
+        let l1 = word(&file, 40, 0);
+        let l2 = word(&file, l1, 0) & !(1 << 63);
+        file.write(l1, l2.to_be_bytes().to_vec().into()).await.unwrap();
+        let entry = word(&file, l2, 1) & !(1 << 63);
+        file.write(l2 + 8, entry.to_be_bytes().to_vec().into()).await.unwrap();
+        let mut guest = Guest::open(guest.files, guest.model).await.unwrap();
+        assert_eq!(drawn(guest.mapper.as_ref(), CLUSTER, 5).await, "SSSS.");
+        for cluster in 0..4 {
+            guest.copy(cluster).await.unwrap();
+        }
+        assert_eq!(drawn(guest.mapper.as_ref(), CLUSTER, 5).await, "DDDD.");
+        guest.flush().await.unwrap();
+        guest.mapper.take_unlinked().unwrap().reuse();
+        guest.fill(10, 20).await.unwrap();
+        guest.check_reads().await;
+        guest.mapper.close().await.unwrap();
+        assert_eq!(wrong(&file).await, (0, 0));
+    });
+}
+
+#[test]
+fn a_broken_entry_of_the_refcount_table_stays() {
+    block_on(async {
+        let shape = Shape { cluster_bits: 9, refcount_bits: 64, size: 1 << 20, ..SMALL };
+        let mut guest = Guest::new(&shape).await;
+        guest.fill(0, 200).await.unwrap();
+        guest.mapper.close().await.unwrap();
+        let file = guest.files.image.clone();
+        let table = word(&file, 48, 0);
+        // A block that lies in the L1 table.
+        let broken = word(&file, 40, 0);
+        file.write(table + 8, broken.to_be_bytes().to_vec().into()).await.unwrap();
+        let mut guest = Guest::open(guest.files, guest.model).await.unwrap();
+        guest.fill(300, 300).await.unwrap();
+        guest.check_reads().await;
+        guest.mapper.close().await.unwrap();
+        assert_eq!(word(&file, table, 1), broken, "for a check to see");
+        guest.check_reads().await;
+    });
 }
 
 #[test]
