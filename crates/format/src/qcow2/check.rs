@@ -123,7 +123,7 @@ pub(super) async fn compare(
         };
         if block.iter().all(|&byte| byte == 0) {
             let mut from = first;
-            while let Some(cluster) = scanned.counts.next_used(from).filter(|&cluster| cluster < end) {
+            while let Some(cluster) = scanned.counts.next_used(from, end) {
                 note(cluster, 0, scanned.counts.count(cluster));
                 from = cluster + 1;
             }

@@ -31,6 +31,9 @@ use crate::{
     number::{bytes, index, round_up},
 };
 
+/// Runs of clusters whose space is given back to the file system at once.
+const PUNCHES_MAX: usize = 1 << 16;
+
 /// What the refcounts of an image are to be, and where.
 pub(super) struct Recount {
     refcounts: Refcounts,
@@ -100,7 +103,7 @@ impl Recount {
         let per_block = self.refcounts.per_block();
         let mut missing = BTreeSet::new();
         let mut from = 0;
-        while let Some(cluster) = self.counts.next_used(from) {
+        while let Some(cluster) = self.counts.next_used(from, u64::MAX) {
             let number = self.refcounts.table_index(cluster);
             if !self.blocks.contains_key(&number) {
                 missing.insert(number);
@@ -166,7 +169,7 @@ impl Recount {
             if self.new_blocks.contains(&number) {
                 file.write(offset, self.block(number).into()).await?;
             } else {
-                self.update(file, number, offset, |stored, counted| stored.max(counted)).await?;
+                self.update(file, number, offset, |_, stored, counted| stored.max(counted)).await?;
             }
         }
         let table_bytes = self.table_clusters * self.refcounts.cluster_size();
@@ -194,27 +197,53 @@ impl Recount {
         Ok(())
     }
 
-    /// Lowers what is too high. Ends synced.
+    /// Lowers what is too high, and gives the space of what is free now back to the file system. Ends synced.
     pub(super) async fn lower(&self, file: &Arc<dyn Storage>) -> Result<(), FormatError> {
+        let mut freed = Vec::new();
         for (&number, &offset) in &self.blocks {
-            self.update(file, number, offset, |_, counted| counted).await?;
+            let choose = |cluster, stored, counted| {
+                if stored > 0 && counted == 0 {
+                    note_freed(&mut freed, cluster);
+                }
+                counted
+            };
+            self.update(file, number, offset, choose).await?;
         }
         file.sync().await?;
-        Ok(())
+        self.punch(file, &freed).await
     }
 
     /// Lowers what is too high, and raises nothing; says whether nothing was too low. Ends synced.
     pub(super) async fn lower_only(&self, file: &Arc<dyn Storage>) -> Result<bool, FormatError> {
         let mut too_low = false;
+        let mut freed = Vec::new();
         for (&number, &offset) in &self.blocks {
-            let choose = |stored: u64, counted: u64| {
+            let choose = |cluster, stored: u64, counted: u64| {
                 too_low |= stored < counted;
+                if stored > 0 && counted == 0 {
+                    note_freed(&mut freed, cluster);
+                }
                 stored.min(counted)
             };
             self.update(file, number, offset, choose).await?;
         }
         file.sync().await?;
+        self.punch(file, &freed).await?;
         Ok(!too_low)
+    }
+
+    /// Gives space back to the file system. After a sync of the refcounts that say it is free.
+    async fn punch(&self, file: &Arc<dyn Storage>, freed: &[Range<u64>]) -> Result<(), FormatError> {
+        let cluster_size = self.refcounts.cluster_size();
+        for run in freed {
+            // A block may count clusters that no file can have.
+            let start = run.start.saturating_mul(cluster_size);
+            let end = run.end.saturating_mul(cluster_size).min(file.len());
+            if let Some(len) = end.checked_sub(start) {
+                file.punch_hole(start, len).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Whether blocks and table can stay where they are, as `table` names them.
@@ -226,17 +255,17 @@ impl Recount {
     /// The block as it is to be.
     fn block(&self, number: u64) -> Vec<u8> {
         let mut block = vec![0; index(self.refcounts.cluster_size())];
-        self.fill(number, &mut block, |_, counted| counted);
+        self.fill(number, &mut block, |_, _, counted| counted);
         block
     }
 
-    /// Sets every refcount of a block to what `choose` makes of the one that is stored and the one that was counted.
-    fn fill(&self, number: u64, block: &mut [u8], mut choose: impl FnMut(u64, u64) -> u64) {
+    /// Sets every refcount of a block to what `choose` makes of the cluster, the one that is stored and the one that was counted.
+    fn fill(&self, number: u64, block: &mut [u8], mut choose: impl FnMut(u64, u64, u64) -> u64) {
         let per_block = self.refcounts.per_block();
         let first = number.saturating_mul(per_block);
         for (at, counted) in (0..per_block).zip(self.counts.from(first)) {
             let stored = self.refcounts.refcount(block, at);
-            let chosen = choose(stored, counted);
+            let chosen = choose(first.saturating_add(at), stored, counted);
             if chosen != stored {
                 self.refcounts.set_refcount(block, at, chosen);
             }
@@ -248,12 +277,21 @@ impl Recount {
         file: &Arc<dyn Storage>,
         number: u64,
         offset: u64,
-        choose: impl FnMut(u64, u64) -> u64,
+        choose: impl FnMut(u64, u64, u64) -> u64,
     ) -> Result<(), FormatError> {
         let old = read_padded(file.as_ref(), offset, self.refcounts.cluster_size()).await?;
         let mut new = old.to_vec();
         self.fill(number, &mut new, choose);
         write_changes(file, offset, &old, &new).await
+    }
+}
+
+/// Adds a cluster to the runs whose space is given back; one that does not continue the last run only while there are few.
+fn note_freed(freed: &mut Vec<Range<u64>>, cluster: u64) {
+    if let Some(run) = freed.last_mut().filter(|run| run.end == cluster) {
+        run.end += 1;
+    } else if freed.len() < PUNCHES_MAX {
+        freed.push(cluster..cluster + 1);
     }
 }
 

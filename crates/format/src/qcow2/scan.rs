@@ -33,6 +33,8 @@ pub(super) const CLUSTERS_MAX: u64 = 1 << 31;
 pub(super) const PAGE: u64 = 4096;
 /// Pages of counts: 512 MiB.
 const PAGES_MAX: usize = 1 << 17;
+/// Number of the last page that can be: behind the longest file there is room for its refcounts.
+const PAGE_NUMBER_MAX: usize = 1 << 20;
 /// L2 tables.
 const TABLES_MAX: usize = 1 << 22;
 /// Bytes of tables that one scan reads; L2 tables of a 512 TiB guest with clusters of 64 KiB.
@@ -53,7 +55,10 @@ const BITMAP_ALLOCATED: u64 = 0xffff_ffff;
 
 /// How often each cluster is referred to. Counts stop at the largest refcount of the image.
 pub(super) struct Counts {
-    pages: BTreeMap<u64, Box<[u8]>>,
+    /// By the number of the page; none where nothing refers to.
+    pages: Vec<Option<Box<[u8]>>>,
+    /// Pages that are there.
+    pages_used: usize,
     /// Counts of [`MANY`] and more.
     many: BTreeMap<u64, u64>,
     max: u64,
@@ -61,7 +66,7 @@ pub(super) struct Counts {
 
 impl Counts {
     pub(super) fn new(max: u64) -> Self {
-        Self { pages: BTreeMap::new(), many: BTreeMap::new(), max }
+        Self { pages: Vec::new(), pages_used: 0, many: BTreeMap::new(), max }
     }
 
     /// Adds to a cluster's count; returns what would not fit below the largest refcount.
@@ -73,33 +78,48 @@ impl Counts {
     }
 
     pub(super) fn set(&mut self, cluster: u64, count: u64) -> Result<(), FormatError> {
-        let number = cluster / PAGE;
-        if !self.pages.contains_key(&number) {
+        let number = index(cluster / PAGE);
+        if self.pages.get(number).is_none_or(Option::is_none) {
             if count == 0 {
                 return Ok(());
             }
-            if self.pages.len() >= PAGES_MAX {
-                return Err(FormatError::Unsupported(format!(
-                    "the file uses clusters in more than {PAGES_MAX} places, each {PAGE} clusters long"
-                )));
-            }
-            self.pages.insert(number, vec![0; index(PAGE)].into());
+            self.make_page(number)?;
         }
-        let page = self.pages.get_mut(&number).expect("it was just made");
+        let page = self.pages.get_mut(number).and_then(Option::as_mut).expect("it was just made");
         let byte = page.get_mut(index(cluster % PAGE)).expect("below the length of a page");
+        let new = u8::try_from(count).unwrap_or(MANY);
         if *byte == MANY {
             self.many.remove(&cluster);
         }
-        *byte = u8::try_from(count).unwrap_or(MANY);
-        if *byte == MANY {
+        *byte = new;
+        if new == MANY {
             self.many.insert(cluster, count);
         }
         Ok(())
     }
 
+    fn make_page(&mut self, number: usize) -> Result<(), FormatError> {
+        if self.pages_used >= PAGES_MAX || number > PAGE_NUMBER_MAX {
+            return Err(FormatError::Unsupported(format!(
+                "the file uses clusters in more than {PAGES_MAX} places, each {PAGE} clusters long"
+            )));
+        }
+        if self.pages.len() <= number {
+            self.pages.resize_with(number + 1, || None);
+        }
+        if let Some(page) = self.pages.get_mut(number) {
+            *page = Some(vec![0; index(PAGE)].into());
+            self.pages_used += 1;
+        }
+        Ok(())
+    }
+
+    fn page(&self, number: u64) -> Option<&[u8]> {
+        usize::try_from(number).ok().and_then(|number| self.pages.get(number)).and_then(Option::as_deref)
+    }
+
     pub(super) fn count(&self, cluster: u64) -> u64 {
-        let page = self.pages.get(&(cluster / PAGE));
-        match page.and_then(|page| page.get(index(cluster % PAGE))) {
+        match self.page(cluster / PAGE).and_then(|page| page.get(index(cluster % PAGE))) {
             None => 0,
             Some(&MANY) => self.many.get(&cluster).copied().unwrap_or_default(),
             Some(&count) => count.into(),
@@ -109,7 +129,7 @@ impl Counts {
     /// The counts of the clusters from `start` on, without end.
     pub(super) fn from(&self, start: u64) -> impl Iterator<Item = u64> {
         (start / PAGE..).flat_map(move |number| {
-            let page = self.pages.get(&number);
+            let page = self.page(number);
             let first = number * PAGE;
             (first.max(start)..first + PAGE).map(move |cluster| {
                 match page.and_then(|page| page.get(index(cluster - first))) {
@@ -121,24 +141,22 @@ impl Counts {
         })
     }
 
-    /// The first cluster at or after `start` that is referred to.
-    pub(super) fn next_used(&self, start: u64) -> Option<u64> {
-        let mut start = start;
-        for (&number, page) in self.pages.range(start / PAGE..) {
-            let from = start.saturating_sub(number * PAGE);
-            let found = page.iter().skip(index(from)).position(|&count| count > 0);
-            if let Some(found) = found {
-                return Some(number * PAGE + from + bytes(found));
-            }
-            start = (number + 1) * PAGE;
-        }
-        None
+    /// The first cluster at or after `start`, and before `end`, that is referred to.
+    pub(super) fn next_used(&self, start: u64, end: u64) -> Option<u64> {
+        let pages_end = end.div_ceil(PAGE).min(bytes(self.pages.len()));
+        (start / PAGE..pages_end).find_map(|number| {
+            let first = number * PAGE;
+            let from = start.saturating_sub(first);
+            let found = self.page(number)?.iter().skip(index(from)).position(|&count| count > 0)?;
+            Some(first + from + bytes(found)).filter(|&cluster| cluster < end)
+        })
     }
 
     /// The last cluster that is referred to.
     pub(super) fn last_used(&self) -> Option<u64> {
-        self.pages.iter().rev().find_map(|(number, page)| {
-            page.iter().rposition(|&count| count > 0).map(|at| number * PAGE + bytes(at))
+        (0..bytes(self.pages.len())).rev().find_map(|number| {
+            let at = self.page(number)?.iter().rposition(|&count| count > 0)?;
+            Some(number * PAGE + bytes(at))
         })
     }
 }

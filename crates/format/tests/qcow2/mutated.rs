@@ -110,7 +110,7 @@ fn words(bytes: &Bytes) -> Vec<u64> {
 fn value() -> impl Strategy<Value = u64> {
     let flags = prop::sample::select(vec![0, COPIED, COMPRESSED, COPIED | 1, 1, 2, COMPRESSED | COPIED]);
     let near = (0..200_u64, prop::sample::select(vec![512_u64, 4096, 16384]), flags)
-        .prop_map(|(cluster, size, flags)| cluster * size | flags);
+        .prop_map(|(cluster, size, flags)| (cluster * size) | flags);
     prop_oneof![8 => near, 1 => any::<u64>(), 1 => (0..64_u32).prop_map(|bit| 1 << bit)]
 }
 
@@ -135,4 +135,68 @@ proptest! {
         let bytes = image.get(images());
         block_on(use_it(&bytes.0[..len.index(bytes.0.len())]));
     }
+}
+
+#[test]
+fn a_file_that_claims_too_much_is_not_scanned() {
+    let folder = Folder::new();
+    folder.create("image.qcow2", "", "1M", &["write 0 64k"]);
+    let good = folder.load("image.qcow2");
+    let message = |file: &Arc<SimFile>| {
+        let error = block_on(qcow2().check(&reader_of(file))).unwrap_err();
+        let storage: Arc<dyn Storage> = file.clone();
+        assert_eq!(
+            block_on(qcow2().repair(&storage, Repair::All)).unwrap_err().to_string(),
+            error.to_string()
+        );
+        assert!(file.unsynced_count() == 0, "nothing was written");
+        error.to_string()
+    };
+    let huge = good.file();
+    block_on(huge.set_len(1 << 50)).unwrap();
+    block_on(huge.sync()).unwrap();
+    assert_eq!(message(&huge), "the file has 17179869184 clusters, at most 2147483648 can be checked");
+
+    // Snapshots whose L1 tables take 2 TiB of holes.
+    let file = good.file();
+    let table = good.len().next_multiple_of(65536);
+    let mut entries = Vec::new();
+    for snapshot in 0..65536_u64 {
+        entries.extend(((1 << 30) + snapshot * (32 << 20)).to_be_bytes());
+        entries.extend((4_u32 << 20).to_be_bytes());
+        entries.extend([0; 24]);
+        entries.extend(16_u32.to_be_bytes());
+        entries.extend([0; 16]);
+    }
+    let mut header = good.clone();
+    header.put64(64, table);
+    header.put32(60, 65536);
+    block_on(async {
+        file.set_len(3 << 40).await.unwrap();
+        file.write(0, header.0[..512].to_vec().into()).await.unwrap();
+        file.write(table, entries.into()).await.unwrap();
+        file.sync().await.unwrap();
+    });
+    assert_eq!(message(&file), "the tables are longer than the 68719476736 bytes that can be checked");
+}
+
+#[test]
+fn space_that_nothing_uses_costs_nothing() {
+    // 60 TiB of a sparse file, with a cluster at its end.
+    let folder = Folder::new();
+    folder.create("image.qcow2", "", "1M", &["write 0 64k"]);
+    let mut bytes = folder.load("image.qcow2");
+    let far = 60 << 40;
+    bytes.put64(bytes.l2(0), COPIED | far);
+    let file = bytes.file();
+    block_on(async {
+        file.write(far, vec![7; 65536].into()).await.unwrap();
+        file.sync().await.unwrap();
+    });
+    let report = block_on(qcow2().check(&reader_of(&file))).unwrap();
+    assert_eq!((report.corruptions, report.leaks), (2, 1));
+    let storage: Arc<dyn Storage> = file.clone();
+    let report = block_on(qcow2().repair(&storage, Repair::All)).unwrap();
+    assert_eq!((report.corruptions, report.leaks), (0, 0));
+    assert!(file.resident_bytes() < 4 << 20, "{}", file.resident_bytes());
 }

@@ -270,6 +270,10 @@ fn deleting_gives_the_room_back() {
     let reader: Arc<dyn ReadAt> = file.clone();
     let report = block_on(qcow2().check(&reader)).unwrap();
     assert_eq!((report.leaks, report.allocated_clusters), (0, 256));
+    assert!(file.resident_bytes() > 1 << 20, "what is used");
+    let with_holes =
+        folder.load("image.qcow2").0.chunks(4096).filter(|cluster| cluster.iter().all(|&b| b == 0)).count();
+    assert!(with_holes >= 256, "what was freed reads as zeros, {with_holes}");
     // What is free is used again.
     let image_path = image.path.clone();
     folder.io("image.qcow2", &["write -P 3 1M 1M"]);
@@ -322,9 +326,8 @@ fn shared_and_flagged(contents: &[u8]) -> Vec<u64> {
 #[test]
 fn power_loss_while_the_refcount_table_grows() {
     let folder = Folder::new();
-    let image = Image::new(&folder, "cluster_size=512,refcount_bits=64");
     // A table of one cluster counts 2 MiB of the file.
-    folder.io("image.qcow2", &["write -P 1 0 1970k"]);
+    folder.create("image.qcow2", "cluster_size=512,refcount_bits=64", "2M", &["write -P 1 0 1970k"]);
     let start = folder.load("image.qcow2");
     assert_eq!(start.u32(56), 1);
     let before = Guest::of(&start.0);
