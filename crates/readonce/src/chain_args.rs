@@ -66,6 +66,9 @@ impl OriginArgs {
 }
 
 impl OriginArgs {
+    /// For a second look at what is open already.
+    pub const NONE: Self = Self { url: Vec::new(), retry_for: Duration::ZERO };
+
     /// Warns of a URL that was given for nothing: none of `places`, which is what is known of a chain, is its place.
     pub fn warn_of_unused(&self, places: &[Locator]) {
         // In the environment it may be meant for other images.

@@ -31,6 +31,25 @@ fn three_digits(value: f64) -> String {
     }
 }
 
+/// Bytes in qemu-io's way: three decimals, or none.
+pub fn amount(bytes: u64) -> String {
+    scaled(bytes as f64)
+}
+
+/// The same of any figure.
+pub fn scaled(value: f64) -> String {
+    const UNITS: [&str; 6] = ["EiB", "PiB", "TiB", "GiB", "MiB", "KiB"];
+    for (index, unit) in UNITS.iter().enumerate() {
+        let scale = 2_f64.powi(60 - 10 * i32::try_from(index).expect("it is small"));
+        if value >= scale {
+            let text = format!("{:.3}", value / scale);
+            return format!("{} {unit}", text.strip_suffix(".000").unwrap_or(&text));
+        }
+    }
+    let text = format!("{value:.6}");
+    format!("{} bytes", text.strip_suffix(".000000").unwrap_or(&text))
+}
+
 /// A time in seconds with one decimal.
 pub fn seconds(time: Duration) -> String {
     format!("{:.1} s", time.as_secs_f64())

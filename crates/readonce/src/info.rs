@@ -3,7 +3,7 @@
 use std::{fmt::Write as _, os::unix::fs::MetadataExt, process::ExitCode};
 
 use readonce_disk::chain::{Layer, TopOnly};
-use readonce_format::driver::{Detail, Snapshot};
+use readonce_format::driver::{Description, Detail, Snapshot};
 use readonce_origin::{Locator, Version};
 use readonce_storage::runtime::TokioRuntime;
 use serde_json::{Map, Value, json};
@@ -197,6 +197,27 @@ impl<'a> Facts<'a> {
         }
         out
     }
+}
+
+/// What qemu-io tells of an image that it has open.
+pub fn of_open(description: &Description) -> String {
+    let mut out = format!("format name: {}\n", description.format);
+    if let Some(cluster_size) = description.cluster_size {
+        let _ = writeln!(out, "cluster size: {}", human::scaled(cluster_size as f64));
+        // Machine state of snapshots lies behind all that the L1 table's used entries map.
+        let extended = description.details.contains(&("extended-l2", Detail::Flag(true)));
+        let span = cluster_size * cluster_size / if extended { 16 } else { 8 };
+        let state = match description.format {
+            "qcow2" => description.virtual_size.next_multiple_of(span),
+            _ => 0,
+        };
+        let _ = writeln!(out, "vm state offset: {}", human::scaled(state as f64));
+    }
+    if !description.details.is_empty() {
+        out += "Format specific information:\n";
+        group_human(&mut out, 1, &description.details);
+    }
+    out
 }
 
 fn snapshot_json(snapshot: &Snapshot) -> Value {

@@ -55,7 +55,7 @@ pub async fn run(mut args: Args) -> Outcome {
     let chain = session::open(&image, args.chain.chain_options(&image)?, reporter)
         .await
         .map_err(|failure| Failure::new(format!("can't open device {image}: {}", failure.text)))?;
-    let machine = Machine { disk: chain.disk.clone() };
+    let machine = Machine { disk: chain.disk.clone(), image: (image.clone(), args.chain.format.clone()) };
     let mut failed = false;
     let mut lines: Box<dyn Iterator<Item = String>> = match args.commands.is_empty() {
         true => Box::new(typed()),

@@ -6,10 +6,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use readonce_disk::{BlockDevice, DeviceError, Disk, ZeroMode};
+use readonce_disk::{BlockDevice, DeviceError, Disk, ZeroMode, chain::driver_of};
 
 use super::words::{Refused, SPECS, Words};
-use crate::{report, stdout};
+use crate::{chain_args::OriginArgs, failure::Failure, human, info, look, report, stdout};
 
 /// Bytes of one request to the disk; larger ones are parted, to bound memory.
 const PIECE_BYTES_MAX: u64 = 32 << 20;
@@ -33,6 +33,8 @@ pub enum Done {
 pub struct Machine {
     /// The disk.
     pub disk: Arc<Disk>,
+    /// The image at its top: as named, and its format where that was said.
+    pub image: (String, Option<String>),
 }
 
 impl Machine {
@@ -53,9 +55,10 @@ impl Machine {
                 "discard" => self.discard(&words).await,
                 "flush" => Ok(self.told(self.disk.flush().await, "flush")),
                 "length" => {
-                    stdout::line(amount(self.disk.size()));
+                    stdout::line(human::amount(self.disk.size()));
                     Ok(Done::Well)
                 }
+                "info" => self.info().await,
                 "alloc" => self.alloc(&words).await,
                 "map" => self.map().await,
                 "sleep" => match words.rest[0].parse() {
@@ -237,6 +240,25 @@ impl Machine {
         Ok(done)
     }
 
+    async fn info(&self) -> Result<Done, Refused> {
+        let (image, format) = &self.image;
+        // Our own lock is on it; what its header says does not change while it is open.
+        let described = async {
+            let (file, _) = look::readable(image, true, &OriginArgs::NONE).await?;
+            let driver = driver_of(&*file, format.as_deref()).await.map_err(Failure::new)?;
+            driver.describe(&file).await.map_err(|error| Failure::new(error.to_string()))
+        };
+        let description = match described.await {
+            Ok(description) => description,
+            Err(failure) => {
+                failure.tell();
+                return Ok(Done::Badly);
+            }
+        };
+        stdout::print(info::of_open(&description));
+        Ok(Done::Well)
+    }
+
     /// Runs of bytes from `offset`, each with whether the top image holds it.
     async fn runs(&self, offset: u64, len: u64) -> Result<Vec<(u64, bool)>, DeviceError> {
         let mut runs: Vec<(u64, bool)> = Vec::new();
@@ -262,7 +284,10 @@ impl Machine {
         match self.runs(offset, len).await {
             Ok(runs) => {
                 let held: u64 = runs.iter().filter(|(_, top)| *top).map(|(len, _)| len).sum();
-                stdout::line(format_args!("{held}/{len} bytes allocated at offset {}", amount(offset)));
+                stdout::line(format_args!(
+                    "{held}/{len} bytes allocated at offset {}",
+                    human::amount(offset)
+                ));
                 Ok(Done::Well)
             }
             Err(error) => Ok(self.told(Err(error), "alloc")),
@@ -279,31 +304,13 @@ impl Machine {
             let state = if top { "    allocated" } else { "not allocated" };
             stdout::line(format_args!(
                 "{} ({len:#x}) bytes {state} at offset {} ({at:#x})",
-                amount(len),
-                amount(at)
+                human::amount(len),
+                human::amount(at)
             ));
             at += len;
         }
         Ok(Done::Well)
     }
-}
-
-/// Bytes in qemu-io's way: three decimals, or none.
-fn amount(bytes: u64) -> String {
-    scaled(bytes as f64)
-}
-
-fn scaled(value: f64) -> String {
-    const UNITS: [&str; 6] = ["EiB", "PiB", "TiB", "GiB", "MiB", "KiB"];
-    for (index, unit) in UNITS.iter().enumerate() {
-        let scale = 2_f64.powi(60 - 10 * i32::try_from(index).expect("it is small"));
-        if value >= scale {
-            let text = format!("{:.3}", value / scale);
-            return format!("{} {unit}", text.strip_suffix(".000").unwrap_or(&text));
-        }
-    }
-    let text = format!("{value:.6}");
-    format!("{} bytes", text.strip_suffix(".000000").unwrap_or(&text))
 }
 
 fn print_report(what: &str, words: &Words, offset: u64, len: u64, time: Duration) {
@@ -325,8 +332,8 @@ fn print_report(what: &str, words: &Words, offset: u64, len: u64, time: Duration
     stdout::line(format_args!("{what} {len}/{len} bytes at offset {offset}"));
     stdout::line(format_args!(
         "{}, 1 ops; {time} ({}/sec and {ops_rate:.4} ops/sec)",
-        amount(len),
-        scaled(bytes_rate)
+        human::amount(len),
+        human::scaled(bytes_rate)
     ));
 }
 

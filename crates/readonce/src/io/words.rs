@@ -57,6 +57,13 @@ pub const SPECS: &[Spec] = &[
         help: "help for all commands",
     },
     Spec {
+        names: &["info", "i"],
+        letters: "",
+        arguments_min: 0,
+        arguments: "",
+        help: "prints information about the current file",
+    },
+    Spec {
         names: &["length", "l"],
         letters: "",
         arguments_min: 0,

@@ -49,6 +49,7 @@ fn words_in((format, options): (&str, &str)) {
         &["write -n 0 64k"],
         &["writev -P 1 0 1k 1k", "readv -v 0 16 16", "writev -q 0 512"],
         &["aio_write -P 3 0 1k", "aio_flush", "read -P 3 0 1k"],
+        &["info"],
         &["quit", "read 0 1k"],
     ] {
         let mut arguments: Vec<&str> = commands.iter().flat_map(|command| ["-c", command]).collect();
