@@ -2,27 +2,39 @@
 //!
 //! Nothing is ever written here, and nothing is kept: the image above keeps what it wants.
 
-use std::{collections::VecDeque, ops::Range, sync::Arc};
+use std::{
+    collections::VecDeque,
+    ops::Range,
+    sync::{Arc, OnceLock},
+};
 
-use readonce_format::{Mapper, Mapping};
+use readonce_format::{Extent, Mapper, Mapping};
 use readonce_origin::{Class, Origin, Sink};
 use readonce_storage::{BoxFuture, ReadAt, Rt};
 
 use crate::{
     LayerError, StatusExtent,
     compressed::{Clusters, Coming, part_of},
+    index::{Found, Place},
     source::{Source, sink_zeros},
 };
 
 /// Compressed clusters of one request that are decompressed ahead of the one that is handed out.
-const AHEAD_MAX: usize = 64;
+pub(crate) const AHEAD_MAX: usize = 64;
 
 /// A read-only layer.
 pub struct Base {
     mapper: Arc<dyn Mapper>,
-    data: Arc<dyn Origin>,
-    clusters: Arc<Clusters>,
+    leaf: Arc<Leaf>,
     backing: Option<Arc<dyn Source>>,
+    /// Where the backing ends, once known.
+    backing_end: OnceLock<u64>,
+}
+
+/// The bytes of one layer that does not change.
+pub struct Leaf {
+    data: Arc<dyn Origin>,
+    pub(crate) clusters: Arc<Clusters>,
 }
 
 /// Where a base's bytes are.
@@ -37,7 +49,37 @@ impl Base {
     /// A layer that `mapper` maps onto `files`, above `backing`.
     pub fn new(mapper: Arc<dyn Mapper>, files: BaseFiles, backing: Option<Arc<dyn Source>>, rt: &Rt) -> Self {
         let clusters = Clusters::new(files.own, mapper.geometry().cluster_size, Arc::clone(rt));
-        Self { mapper, data: files.data, clusters, backing }
+        let leaf = Arc::new(Leaf { data: files.data, clusters });
+        Self { mapper, leaf, backing, backing_end: OnceLock::new() }
+    }
+
+    async fn backing_end(&self, backing: &Arc<dyn Source>) -> Result<u64, LayerError> {
+        if let Some(&end) = self.backing_end.get() {
+            return Ok(end);
+        }
+        let end = backing.size().await?;
+        Ok(*self.backing_end.get_or_init(|| end))
+    }
+
+    async fn find_place(&self, offset: u64, len_max: u64) -> Result<Option<Found>, LayerError> {
+        let Extent { mapping, mut len } = match self.mapper.lookup_now(offset, len_max) {
+            Some(extent) => extent?,
+            None => self.mapper.lookup(offset, len_max).await?,
+        };
+        let place = match (mapping, &self.backing) {
+            (Mapping::Data(at) | Mapping::Shared(at), _) => Place::Data(Arc::clone(&self.leaf), at),
+            (Mapping::Compressed(place), _) => Place::Compressed(Arc::clone(&self.leaf), place),
+            (Mapping::Absent, Some(backing)) => {
+                let end = self.backing_end(backing).await?;
+                if offset < end {
+                    len = len.min(end - offset);
+                    return backing.find(offset, len).await;
+                }
+                Place::Zero
+            }
+            (Mapping::Zero | Mapping::Absent, _) => Place::Zero,
+        };
+        Ok(Some(Found { place, len }))
     }
 
     async fn fetch_range(&self, range: Range<u64>, class: Class, sink: Sink<'_>) -> Result<(), LayerError> {
@@ -56,14 +98,13 @@ impl Base {
                     {
                         hand_out(first, sink).await?;
                     }
-                    ahead.push_back((part.clone(), place.skip, self.clusters.start(&place)));
+                    ahead.push_back((part.clone(), place.skip, self.leaf.clusters.start(&place)));
                 }
                 (Mapping::Data(offset) | Mapping::Shared(offset), _) => {
-                    let mut shift = |from: u64, bytes| sink(from - offset + part.start, bytes);
-                    self.data.fetch(offset..offset + extent.len, class, &mut shift).await?;
+                    self.leaf.fetch(offset, part.clone(), class, sink).await?;
                 }
                 (Mapping::Absent, Some(backing)) => {
-                    let end = backing.size().await?.clamp(part.start, part.end);
+                    let end = self.backing_end(backing).await?.clamp(part.start, part.end);
                     if part.start < end {
                         backing.fetch(part.start..end, class, sink).await?;
                     }
@@ -80,8 +121,26 @@ impl Base {
     }
 }
 
+impl Leaf {
+    /// Fetches data from byte offset `from` on for a guest range.
+    pub(crate) async fn fetch(
+        &self,
+        from: u64,
+        range: Range<u64>,
+        class: Class,
+        sink: Sink<'_>,
+    ) -> Result<(), LayerError> {
+        let mut shift = |at: u64, bytes| sink(at - from + range.start, bytes);
+        Ok(self.data.fetch(from..from + (range.end - range.start), class, &mut shift).await?)
+    }
+
+    pub(crate) fn read_now(&self, from: u64, buf: &mut [u8]) -> Option<Result<(), LayerError>> {
+        Some(self.data.read_now(from, buf)?.map_err(LayerError::from))
+    }
+}
+
 /// Hands out a guest range that lies inside a compressed cluster, from so far inside it.
-async fn hand_out(
+pub(crate) async fn hand_out(
     (range, skip, coming): (Range<u64>, u64, Coming),
     sink: Sink<'_>,
 ) -> Result<(), LayerError> {
@@ -106,17 +165,24 @@ impl Source for Base {
             let part = &mut buf[done..done + extent.len as usize];
             match (extent.mapping, &self.backing) {
                 (Mapping::Compressed(place), _) => {
-                    if let Err(error) = self.clusters.read_now(&place, part)? {
+                    if let Err(error) = self.leaf.clusters.read_now(&place, part)? {
                         return Some(Err(error));
                     }
                 }
                 (Mapping::Data(from) | Mapping::Shared(from), _) => {
-                    if let Err(error) = self.data.read_now(from, part)? {
-                        return Some(Err(error.into()));
+                    if let Err(error) = self.leaf.read_now(from, part)? {
+                        return Some(Err(error));
                     }
                 }
-                // A backing's end may be inside: left to the waiting call.
-                (Mapping::Absent, Some(_)) => return None,
+                // A backing that ends inside is left to the waiting call.
+                (Mapping::Absent, Some(backing)) => {
+                    if self.backing_end.get().is_none_or(|&end| at + extent.len > end) {
+                        return None;
+                    }
+                    if let Err(error) = backing.read_now(at, part)? {
+                        return Some(Err(error));
+                    }
+                }
                 (Mapping::Zero | Mapping::Absent, _) => part.fill(0),
             }
             done += extent.len as usize;
@@ -131,6 +197,10 @@ impl Source for Base {
         sink: Sink<'a>,
     ) -> BoxFuture<'a, Result<(), LayerError>> {
         Box::pin(self.fetch_range(range, class, sink))
+    }
+
+    fn find(&self, offset: u64, len_max: u64) -> BoxFuture<'_, Result<Option<Found>, LayerError>> {
+        Box::pin(self.find_place(offset, len_max))
     }
 
     fn status(

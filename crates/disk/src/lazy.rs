@@ -14,7 +14,7 @@ use std::{
 use readonce_origin::{Class, Sink};
 use readonce_storage::BoxFuture;
 
-use crate::{LayerError, StatusExtent, source::Source};
+use crate::{LayerError, StatusExtent, index::Found, source::Source};
 
 /// Opens the source; called again after a failure.
 pub type Opener = Box<dyn Fn() -> BoxFuture<'static, Result<Arc<dyn Source>, LayerError>> + Send + Sync>;
@@ -78,6 +78,10 @@ impl Source for Lazy {
         sink: Sink<'a>,
     ) -> BoxFuture<'a, Result<(), LayerError>> {
         Box::pin(async move { self.source().await?.fetch(range, class, sink).await })
+    }
+
+    fn find(&self, offset: u64, len_max: u64) -> BoxFuture<'_, Result<Option<Found>, LayerError>> {
+        Box::pin(async move { self.source().await?.find(offset, len_max).await })
     }
 
     fn status(

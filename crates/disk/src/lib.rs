@@ -7,6 +7,7 @@
 //! - `compressed`: compressed clusters, decompressed once.
 //! - `source`: what an image has behind it; `base`: a read-only layer; `lazy`: one that is opened when needed.
 //! - `pieces`: an origin far away, read in larger pieces that are kept.
+//! - `index`: where the bytes of a whole chain lie, once looked up.
 //! - `chain`: opening all of it under one policy.
 //! - `status`: which layer holds a range.
 //!
@@ -22,6 +23,7 @@ pub mod error;
 mod fill;
 pub mod flush;
 pub mod image;
+pub mod index;
 pub mod inflight;
 pub mod lazy;
 pub mod pieces;
@@ -43,5 +45,6 @@ pub use device::{BlockDevice, DeviceError, StatusExtent, ZeroMode};
 pub use disk::{Disk, Top};
 pub use error::LayerError;
 pub use image::{Image, ImageFiles, ImageOptions};
+pub use index::Indexed;
 pub use lazy::Lazy;
 pub use source::Source;

@@ -8,7 +8,7 @@ use std::ops::Range;
 use readonce_origin::{Class, Sink};
 use readonce_storage::BoxFuture;
 
-use crate::{LayerError, StatusExtent};
+use crate::{LayerError, StatusExtent, index::Found};
 
 /// What an image's absent units are read from.
 pub trait Source: Send + Sync + 'static {
@@ -25,6 +25,12 @@ pub trait Source: Send + Sync + 'static {
         class: Class,
         sink: Sink<'a>,
     ) -> BoxFuture<'a, Result<(), LayerError>>;
+
+    /// Where the bytes from `offset` lie, at most `len_max` of them, for an index that keeps it. `None`: that may change, or is
+    /// not known.
+    fn find(&self, _offset: u64, _len_max: u64) -> BoxFuture<'_, Result<Option<Found>, LayerError>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
 
     /// States of the range (inside the source) in order, with 1 as the depth of the source's own top. At least one extent.
     fn status(

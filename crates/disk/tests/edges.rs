@@ -246,7 +246,8 @@ fn a_lower_image_is_not_written_after_its_close() {
 fn a_clean_image_has_no_leaks_whenever_the_power_fails() {
     for_kinds(&KINDS, |kind| {
         for nth in 1.. {
-            for seed in 0..64 {
+            // QED by far the most: its mark was where this went wrong.
+            for seed in 0..if kind.format == "qed" { 64 } else { 6 } {
                 let world = World::new(Kind { cluster_size: CLUSTER, ..kind }, nth, SIZE);
                 world.run(|image| async move {
                     image.read(0, 4 * CLUSTER as usize).await.expect("the origin answers");

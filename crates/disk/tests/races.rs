@@ -168,7 +168,7 @@ fn verify(world: &World, model: &Arc<Mutex<Model>>, file: &Arc<SimFile>, closed:
 /// Runs the seeds `READONCE_SEEDS=FROM..TO`, or a few; a failing one is named for a replay.
 #[test]
 fn random_races_and_crashes_keep_the_promises() {
-    let seeds = std::env::var("READONCE_SEEDS").unwrap_or_else(|_| "0..150".into());
+    let seeds = std::env::var("READONCE_SEEDS").unwrap_or_else(|_| "0..100".into());
     let (from, to) = seeds.split_once("..").expect("READONCE_SEEDS=FROM..TO");
     let parse = |text: &str| text.parse::<u64>().expect("a seed is a number");
     for seed in parse(from)..parse(to) {

@@ -13,7 +13,7 @@ use super::{
     CHAIN_DEPTH_MAX, CopyOnRead, Locks, OnChange, OpenError, Shared, driver_of, files,
     layers::{lock_for_reading, version_of},
 };
-use crate::{Base, Image, ImageFiles, ImageOptions, LayerError, Lazy, Source};
+use crate::{Base, Image, ImageFiles, ImageOptions, Indexed, LayerError, Lazy, Source};
 
 /// One step down a chain.
 #[derive(Clone)]
@@ -153,6 +153,7 @@ impl Step {
         shared.opened(name.clone(), driver.name(), true);
         shared.locks.lock().extend(std::iter::once(lock).chain(data_lock));
         let options = ImageOptions { copy_on_read: true, ..ImageOptions::default() };
+        let backing = backing.map(|backing| Indexed::new(backing) as Arc<dyn Source>);
         let files = ImageFiles { own: Arc::clone(&storage), data: data.unwrap_or(storage) };
         let image = Image::new(mapper, files, backing, Arc::clone(&shared.rt), options);
         image.start_reclaim();

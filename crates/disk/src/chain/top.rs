@@ -25,7 +25,7 @@ use super::{
     driver_of, files,
     layers::lock_for_reading,
 };
-use crate::{Base, Disk, Image, ImageFiles, ImageOptions, LayerError, Source, Top};
+use crate::{Base, Disk, Image, ImageFiles, ImageOptions, Indexed, LayerError, Source, Top};
 
 /// Opens the chain whose top is at `name`.
 ///
@@ -286,7 +286,7 @@ impl Opening {
             }
             self.shared.warn(format!("{error}; what is local can be read, the rest cannot"));
         }
-        Ok(Some(lazy))
+        Ok(Some(Indexed::new(lazy)))
     }
 }
 
