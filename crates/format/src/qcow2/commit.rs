@@ -151,6 +151,7 @@ impl Wish {
 mod tests {
     use super::*;
 
+    const ABSENT: Entry = Entry { place: Place::None, data: 0, zero: 0 };
     const OWN: Entry = Entry { place: Place::Own(7), data: 0xf, zero: 0xf0 };
     const SHARED: Entry = Entry { place: Place::Shared(7), data: 0xf, zero: 0xf0 };
     const COMPRESSED: Entry = Entry { place: Place::Compressed(7), data: ALL, zero: 0 };
@@ -161,7 +162,7 @@ mod tests {
 
     #[test]
     fn a_fill_changes_absent_units_only() {
-        let absent = Entry::ABSENT;
+        let absent = ABSENT;
         let change = wish(Kind::Room(9), 0xff, CommitMode::IfAbsent).apply(absent);
         assert_eq!(change.entry, Entry { place: Place::Own(9), data: 0xff, zero: 0 });
         assert!(change.used && change.linked == 0xff);
@@ -197,7 +198,7 @@ mod tests {
         assert_eq!(change.entry, Entry { place: Place::Own(9), ..SHARED });
         let change = wish(Kind::Copy(9), ALL, CommitMode::Overwrite).apply(COMPRESSED);
         assert_eq!(change.entry, Entry { place: Place::Own(9), data: ALL, zero: 0 });
-        for old in [OWN, Entry::ABSENT] {
+        for old in [OWN, ABSENT] {
             let change = wish(Kind::Copy(9), ALL, CommitMode::Overwrite).apply(old);
             assert_eq!((change.entry, change.linked, change.used), (old, ALL, false));
         }
@@ -210,7 +211,7 @@ mod tests {
             assert_eq!(change.entry, Entry { place: Place::None, data: 0, zero: ALL });
             assert_eq!(change.unlinked, Some(old.place));
             let plain = Wish { zero_marks: false, ..wish(Kind::Zero, ALL, CommitMode::Overwrite) };
-            assert_eq!(plain.apply(old).entry, Entry::ABSENT);
+            assert_eq!(plain.apply(old).entry, ABSENT);
         }
         let change = wish(Kind::Zero, 0x3, CommitMode::Overwrite).apply(OWN);
         assert_eq!(change.entry, Entry { data: 0xc, zero: 0xf3, ..OWN });

@@ -57,9 +57,6 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    /// An entry that says nothing.
-    pub(super) const ABSENT: Self = Self { place: Place::None, data: 0, zero: 0 };
-
     /// Decodes what passed [`Rules::check`].
     pub(super) fn decode(raw: Raw, layout: &Layout) -> Self {
         let Raw { word, bitmap } = raw;

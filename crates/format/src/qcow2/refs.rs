@@ -333,12 +333,6 @@ impl Refs {
         Ok(self.lower_now(offset))
     }
 
-    /// The refcount of a cluster.
-    pub(super) async fn refcount(&self, offset: u64) -> Result<u64, FormatError> {
-        self.load_for(offset).await?;
-        Ok(self.value(&self.state.lock(), self.cluster(offset)))
-    }
-
     /// Reads the piece that counts the cluster, if there is one.
     async fn load_for(&self, offset: u64) -> Result<(), FormatError> {
         let piece = self.cluster(offset) / self.per_piece();

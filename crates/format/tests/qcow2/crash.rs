@@ -196,6 +196,31 @@ fn power_loss_while_the_refcount_table_grows() {
 }
 
 #[test]
+fn a_new_refcount_block_is_on_the_disk_before_the_table_names_it() {
+    for n in 1.. {
+        let more = block_on(async {
+            let mut guest = Guest::new(&TINY).await;
+            guest.fill(0, 60).await.unwrap();
+            guest.flush().await.unwrap();
+            guest.files.image.fail_nth(n, Fault::Eio, Lasts::ForGood);
+            let flushed: Result<(), FormatError> = async {
+                guest.fill(200, 100).await?;
+                guest.flush().await
+            }
+            .await;
+            for seed in 0..16 {
+                let (broken, _) = wrong(&guest.files.crash(seed).image).await;
+                assert_eq!(broken, 0, "n {n} seed {seed}");
+            }
+            flushed.is_err()
+        });
+        if !more {
+            break;
+        }
+    }
+}
+
+#[test]
 fn what_a_crash_left_is_used_again() {
     for shape in [SMALL, UNITS, TINY] {
         block_on(async {
