@@ -163,7 +163,7 @@ pub enum SnapshotChange {
     },
     /// Makes the disk what it was; the snapshot stays. By id, else by name.
     Apply(String),
-    /// Lets a snapshot go. By id, else by name.
+    /// Lets a snapshot go. By name alone, as qemu-img.
     Delete(String),
 }
 

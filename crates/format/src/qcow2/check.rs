@@ -63,21 +63,12 @@ pub(super) struct Compared {
     pub(super) too_high: u64,
     /// Clusters with a stored refcount that is too low.
     pub(super) too_low: u64,
-    /// Of those, the ones whose stored refcount is 0.
-    pub(super) missing: u64,
     /// Clusters whose refcount cannot be read.
     pub(super) unreadable: u64,
     /// The last cluster that is used, or seems to be.
     pub(super) last: u64,
     /// What is stored where that differs; `None` where there is more than fits in memory.
     wrong: Option<BTreeMap<u64, u64>>,
-}
-
-impl Compared {
-    /// The stored refcounts that differ from the references, by cluster; `None` where there are too many.
-    pub(super) fn wrong(&self) -> Option<&BTreeMap<u64, u64>> {
-        self.wrong.as_ref()
-    }
 }
 
 /// Reads every refcount block that counts a cluster of the file.
@@ -100,7 +91,6 @@ pub(super) async fn compare(
             compared.too_high += 1;
         } else {
             compared.too_low += 1;
-            compared.missing += u64::from(stored == 0);
         }
         if let Some(wrong) = &mut compared.wrong {
             wrong.insert(cluster, stored);

@@ -150,11 +150,6 @@ impl Refcounts {
         TABLE_BYTES_MAX >> self.cluster_bits
     }
 
-    /// Clusters of the largest file whose refcounts a table of the largest size can name.
-    pub(super) fn clusters_max(&self) -> u64 {
-        TABLE_BYTES_MAX / TABLE_ENTRY_BYTES * self.per_block()
-    }
-
     /// A block that holds these refcounts (index in the block, and value), and 0 elsewhere.
     pub(super) fn block(&self, values: impl Iterator<Item = (u64, u64)>) -> Vec<u8> {
         let mut block = vec![0; index(self.cluster_size())];
@@ -222,7 +217,8 @@ mod tests {
                 // One block less would not do.
                 assert!((found.blocks - 1) * per_block < others + found.clusters());
             }
-            assert_eq!(refcounts.structure(refcounts.clusters_max()), None);
+            let entries_max = TABLE_BYTES_MAX / TABLE_ENTRY_BYTES;
+            assert_eq!(refcounts.structure(entries_max * refcounts.per_block()), None);
             assert_eq!(refcounts.structure(u64::MAX), None);
         }
     }
