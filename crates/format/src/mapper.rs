@@ -130,6 +130,12 @@ pub trait Mapper: Send + Sync + 'static {
     fn room(&self, _offset: u64, len_max: u64) -> BoxFuture<'_, Result<(Option<u64>, u64), FormatError>> {
         Box::pin(std::future::ready(Ok((None, len_max))))
     }
+
+    /// Whether data may lie in holes of its file, and so read as zeros, because the image's own file, of which `allocated_bytes`
+    /// have room in the file system, has fewer clusters than its tables name. For those who tell a person.
+    fn names_holes(&self, _allocated_bytes: u64) -> BoxFuture<'_, Result<bool, FormatError>> {
+        Box::pin(std::future::ready(Ok(false)))
+    }
 }
 
 /// Changes the map of an image that is open for writing.

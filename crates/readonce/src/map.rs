@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -53,7 +54,11 @@ pub async fn run(args: Args) -> Outcome {
     let layers = look::layers(image, &args.look, TopOnly::No, &TokioRuntime::current())
         .await
         .map_err(|failure| through(image, failure))?;
-    let map = Map { layers: &layers, files: layers.iter().map(DataOf::layer).collect() };
+    let mut files = Vec::new();
+    for layer in &layers {
+        files.push(DataOf::layer(layer).await);
+    }
+    let map = Map { layers: &layers, files };
 
     let size = layers[0].mapper.geometry().size;
     let end = size.min(start.saturating_add(len_max));
@@ -194,20 +199,24 @@ struct DataOf {
 }
 
 impl DataOf {
-    fn layer(layer: &Layer) -> Self {
+    async fn layer(layer: &Layer) -> Self {
         let description = &layer.description;
         let data_file = description.data_file.as_ref();
         let locator = match data_file.map(|data| Locator::parse(&data.name, Some(&layer.locator))) {
             Some(Ok(locator)) => locator,
             _ => layer.locator.clone(),
         };
-        let holes = match (&locator, description.cluster_size) {
-            (Locator::File(path), None) => Holes::open(path).ok(),
-            (Locator::File(path), Some(cluster_size))
-                if description.format == "qcow2" && data_file.is_none() =>
-            {
-                Holes::open(path).ok().filter(|holes| holes.clusters_without_room(cluster_size))
-            }
+        let told = match &layer.locator {
+            _ if description.format == "raw" => true,
+            Locator::File(path) => match std::fs::metadata(path) {
+                // This is no more than a hint, and an image that cannot be read says so elsewhere.
+                Ok(metadata) => layer.mapper.names_holes(metadata.blocks() * 512).await.unwrap_or(false),
+                Err(_) => false,
+            },
+            Locator::Http(_) => false,
+        };
+        let holes = match &locator {
+            Locator::File(path) if told => Holes::open(path).ok(),
             _ => None,
         };
         Self { name: locator.printable(), holes }
@@ -222,16 +231,6 @@ struct Holes {
 impl Holes {
     fn open(path: &Path) -> io::Result<Self> {
         Ok(Self { file: File::open(PathBuf::from(path))? })
-    }
-
-    /// Whether the file's clusters are many more than it has room for: an image with preallocated tables. As QEMU, which then
-    /// looks at the holes, though this counts clusters that are free as well.
-    fn clusters_without_room(&self, cluster_size: u64) -> bool {
-        use std::os::unix::fs::MetadataExt;
-        self.file.metadata().is_ok_and(|metadata| {
-            let room = metadata.blocks() * 512 / cluster_size;
-            metadata.len().div_ceil(cluster_size) >= (room * 10 / 9).max(room + 2)
-        })
     }
 
     /// The entry, whose bytes begin at `offset` of the file, as far as they are all in a hole or all not.

@@ -23,6 +23,7 @@ mod flush;
 mod grow;
 mod head;
 mod header;
+mod holes;
 mod known;
 mod l1;
 mod layout;

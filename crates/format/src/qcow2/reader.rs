@@ -4,17 +4,19 @@ use std::sync::Arc;
 
 use readonce_storage::{BoxFuture, ReadAt};
 
-use super::{header::Header, tables::Tables};
+use super::{header::Header, holes::names_holes, tables::Tables};
 use crate::{Extent, FormatError, Geometry, Mapper};
 
 pub(super) struct Reader {
     tables: Tables,
+    file: Arc<dyn ReadAt>,
+    header: Header,
 }
 
 impl Reader {
     pub(super) async fn open(file: Arc<dyn ReadAt>) -> Result<Self, FormatError> {
         let header = Header::read(file.as_ref()).await?;
-        Ok(Self { tables: Tables::new(file, &header) })
+        Ok(Self { tables: Tables::new(file.clone(), &header), file, header })
     }
 }
 
@@ -33,5 +35,9 @@ impl Mapper for Reader {
 
     fn room(&self, offset: u64, len_max: u64) -> BoxFuture<'_, Result<(Option<u64>, u64), FormatError>> {
         Box::pin(self.tables.room(offset, len_max))
+    }
+
+    fn names_holes(&self, allocated_bytes: u64) -> BoxFuture<'_, Result<bool, FormatError>> {
+        Box::pin(names_holes(self.file.as_ref(), &self.header, allocated_bytes))
     }
 }
