@@ -165,8 +165,11 @@ fn pin_of(origin: &dyn Origin) -> Pin {
     Pin { validator: origin.validator(), len: origin.len() }
 }
 
-/// Whether nothing is local.
+/// Whether nothing is local. What a snapshot holds comes back when it is applied.
 async fn is_empty(held: &Held) -> Result<bool, Failure> {
+    if !held.description.snapshots.is_empty() {
+        return Ok(false);
+    }
     let failed = |error: readonce_format::FormatError| look::cannot_open(&held.locator.printable(), error);
     let mapper = held.driver.open(Arc::clone(&held.readable)).await.map_err(failed)?;
     let size = held.description.virtual_size;

@@ -244,16 +244,23 @@ impl Opening {
         driver: &dyn Driver,
         description: &Description,
     ) -> Result<(), OpenError> {
+        let held = || {
+            self.failed(
+                "the backing changed, and the image holds clusters of the old version already: --on-change=repin is \
+                 only for an image that holds none",
+            )
+        };
+        // What a snapshot holds comes back when it is applied.
+        if !description.snapshots.is_empty() {
+            return Err(held());
+        }
         let mapper = driver.open(storage.clone()).await.map_err(|error| self.failed(error))?;
         let mut at = 0;
         while at < description.virtual_size {
             let extent =
                 mapper.lookup(at, description.virtual_size - at).await.map_err(|error| self.failed(error))?;
             if extent.mapping != Mapping::Absent {
-                return Err(self.failed(
-                    "the backing changed, and the image holds clusters of the old version already: --on-change=repin is \
-                     only for an image that holds none",
-                ));
+                return Err(held());
             }
             at += extent.len;
         }

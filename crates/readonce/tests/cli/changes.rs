@@ -128,6 +128,22 @@ async fn rebase_never_mixes(format: &str) {
     assert_eq!(info(at, "empty.img")["readonce"]["pin"]["validator"], "ETag \"other\"");
     readonce(at, &["io", "-c", "read 0 64k", "empty.img"]).ok();
 
+    if format == "qcow2" {
+        // What only a snapshot holds comes back.
+        create("kept.img");
+        for (option, name) in [("-c", "empty"), ("-c", "filled"), ("-a", "empty"), ("-d", "empty")] {
+            if name == "filled" {
+                fill(at, "kept.img");
+            }
+            readonce(at, &["snapshot", option, name, "kept.img"]).ok();
+        }
+        readonce(at, &["rebase", "-u", "-b", &other.url(), "-F", "raw", "kept.img"])
+            .fails(1, "versions must not be mixed");
+        origin.replace(Content::seeded(9, ORIGIN_BYTES), Some("\"third\""));
+        readonce(at, &["io", "--on-change=repin", "-c", "length", "kept.img"])
+            .fails(1, "only for an image that holds none");
+    }
+
     other.vanish().await;
     readonce(at, &["rebase", "--retry-for", "100ms", "-u", "-b", &other.url(), "-F", "raw", "filled.img"])
         .fails(1, "versions must not be mixed");
