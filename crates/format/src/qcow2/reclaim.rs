@@ -1,7 +1,7 @@
 //! Reclaim: clusters that a crash left counted and without a reference are free again.
 //!
 //! - Runs beside the guest, once, on an image that was found in use. It looks at clusters below the file's end when the image
-//!   was opened. One whose refcount changed since the scan began is left alone: what the scan read of it may be old.
+//!   was opened. One whose refcount changed since then is left alone: what the scan reads of it may be old.
 //! - Only what nothing refers to is freed. A refcount that is too high beside references stays for `check`: whether it becomes 1
 //!   decides flags in tables.
 //! - A table in which anything is wrong ends it: then nothing is freed, and the mark stays.
@@ -54,7 +54,6 @@ impl ReadAt for Growing {
 
 /// Scans, and frees what nothing refers to.
 pub(super) async fn run(core: &Core) {
-    core.space.refs.track();
     let done = core.reclaim.run(scan_and_free(core)).await;
     core.space.refs.end_tracking();
     match done {

@@ -69,8 +69,8 @@ struct State {
     /// A longer one that is to take its place, and whether its own clusters are counted.
     planned: Option<(Stored, bool)>,
     pieces: BTreeMap<u64, Piece>,
-    /// Clusters whose refcounts changed, while somebody wants to know.
-    tracked: Option<BTreeSet<u64>>,
+    /// Clusters whose refcounts changed, while somebody wants to know: those below the first.
+    tracked: Option<(u64, BTreeSet<u64>)>,
 }
 
 #[derive(Clone, Copy)]
@@ -295,7 +295,9 @@ impl Refs {
         let piece = state.pieces.get_mut(&(cluster / self.per_piece())).expect("its piece is in memory");
         self.numbers.set_refcount(&mut piece.bytes, cluster % self.per_piece(), value);
         piece.version += 1;
-        if let Some(tracked) = &mut state.tracked {
+        if let Some((end, tracked)) = &mut state.tracked
+            && cluster < *end
+        {
             tracked.insert(cluster);
         }
     }
@@ -636,9 +638,10 @@ impl Refs {
         Some(runs)
     }
 
-    /// Begins to remember whose refcounts change.
-    pub(super) fn track(&self) {
-        self.state.lock().tracked = Some(BTreeSet::new());
+    /// Begins to remember whose refcounts change, of clusters before byte offset `end`. Nothing was handed out yet: what is linked
+    /// in memory alone must be among them.
+    pub(super) fn track(&self, end: u64) {
+        self.state.lock().tracked = Some((self.cluster(end), BTreeSet::new()));
     }
 
     /// Ends that.
@@ -650,7 +653,7 @@ impl Refs {
     pub(super) fn lower_to(&self, offset: u64, referenced: u64) -> Option<u64> {
         let cluster = self.cluster(offset);
         let lowered = self.with_pieces(cluster..cluster + 1, |state| {
-            let changed = state.tracked.as_ref().is_none_or(|tracked| tracked.contains(&cluster));
+            let changed = state.tracked.as_ref().is_none_or(|(_, tracked)| tracked.contains(&cluster));
             if changed || self.value(state, cluster) <= referenced {
                 return Err(cluster);
             }

@@ -107,6 +107,9 @@ impl Writer {
         let refs = Arc::new(Refs::new(file.clone(), found, clusters.clone()));
         let space = Arc::new(Space::new(clusters, refs, tables.clone(), rt.clone(), open_end));
         let reclaim = Reclaim::new(header.record.in_use, open_end);
+        if reclaim.is_due() {
+            space.refs.track(open_end);
+        }
         let mark = Arc::new(Mark::new(file.clone(), header));
         let flusher = Flusher {
             file: file.clone(),

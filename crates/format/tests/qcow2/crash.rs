@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use rand::Rng;
 use readonce_format::{Durability, FormatError, Mapping, Room};
 use readonce_storage::{
     ReadAt, SimFile,
@@ -10,7 +11,7 @@ use readonce_storage::{
 
 use crate::{
     guest::{
-        DataIn, Files, Guest, Model, SMALL, Shape, UNITS, block_on, check, create, qcow2, random_op,
+        DataIn, Files, Guest, Model, Op, SMALL, Shape, UNITS, block_on, check, create, qcow2, random_op,
         read_all, rng, wrong,
     },
     qemu::Folder,
@@ -256,6 +257,48 @@ fn what_a_crash_left_is_used_again() {
             drop(room);
             guest.mapper.close().await.unwrap();
             assert_eq!(wrong(&crashed.image).await, (0, 0));
+        });
+    }
+}
+
+#[test]
+fn what_changes_while_a_crash_is_cleaned_up_is_left_alone() {
+    for (seed, shape) in (0..25).flat_map(|seed| [(seed, SMALL), (seed, UNITS)]) {
+        block_on(async {
+            let mut guest = Guest::new(&shape).await;
+            guest.write(0, 300).await.unwrap();
+            guest.flush().await.unwrap();
+            guest.fill(400, 100).await.unwrap();
+            guest.mapper.flush(Durability::Linked).await.unwrap();
+            let crashed = Files { image: Arc::new(guest.files.image.crash_with(|_| false)), data: None };
+            let mut guest = Guest::open(crashed.clone(), guest.model.clone()).await.unwrap();
+            guest.next_tag = 0x0100_0000;
+            // There are holes below the old end, and they are known.
+            guest.zero_clusters(0, 9).await.unwrap();
+            guest.flush().await.unwrap();
+            guest.run(&Op::Reuse).await.unwrap();
+            guest.fill(600, 1).await.unwrap();
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+            crashed.image.set_yields(seed, 6);
+            guest.mapper.reclaim().await.unwrap();
+            // As the scan runs they are taken, and others come.
+            let mut rng = rng(seed);
+            for _ in 0..12 {
+                guest.write(rng.random_range(0..200), 60).await.unwrap();
+                guest.zero_clusters(rng.random_range(0..8), 2).await.unwrap();
+                guest.flush().await.unwrap();
+                guest.run(&Op::Reuse).await.unwrap();
+            }
+            for _ in 0..3000 {
+                tokio::task::yield_now().await;
+            }
+            guest.write(0, 250).await.unwrap();
+            guest.check_reads().await;
+            guest.mapper.close().await.unwrap();
+            assert_eq!(wrong(&crashed.image).await, (0, 0), "{shape:?} seed {seed}");
+            guest.check_reads().await;
         });
     }
 }
