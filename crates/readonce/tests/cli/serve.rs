@@ -141,6 +141,8 @@ async fn after_kill_nothing_is_corrupt_in(keeper: (&str, &str)) {
         qemu_io(at, &["-f", "raw", "-c", &flushed, "-c", "flush", "-c", "read 0 2M", &serving.uri]).ok();
         qemu_io(at, &["-f", "raw", "-c", &unflushed, &serving.uri]).ok();
         assert_eq!(serving.end_by(libc::SIGKILL).code, None);
+        // The kernel ends the rings of a process, and with them its locks, a moment after the process.
+        while readonce(at, &["info", "c.img"]).code != Some(0) {}
         // The mark of qcow2 is ours alone. QEMU knows QED's, and does not tell of it.
         let told = |ran: Ran| -> serde_json::Value { serde_json::from_str(&ran.ok().out).expect("JSON") };
         let info = ["info", "-U", "--output=json", "c.img"];
