@@ -140,6 +140,7 @@ impl Links {
         span: &Span,
         kind: impl Fn(u64) -> Kind,
         mode: CommitMode,
+        unlinks: impl Fn(Released),
     ) -> (Vec<bool>, u64) {
         let slice = pin.slice();
         let layout = &rules.layout;
@@ -171,6 +172,8 @@ impl Links {
             }
             let room = state.rooms.get_mut(&(span.cluster + number));
             if let Some(unlinked) = change.unlinked.and_then(|place| released(place, rules)) {
+                // Before a round can take it.
+                unlinks(unlinked);
                 match room {
                     Some(room) if unlinked == Released::Data(room.at) => room.released = Some(unlinked),
                     _ => state.released.push(unlinked),

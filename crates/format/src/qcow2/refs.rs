@@ -638,10 +638,25 @@ impl Refs {
         Some(runs)
     }
 
+<<<<<<< /work/main/crates/format/src/qcow2/refs.rs
+    /// Begins to remember whose refcounts change; goes on with that where it has begun.
+    pub(super) fn track(&self) {
+        self.state.lock().tracked.get_or_insert_default();
+    }
+
+    /// The refcounts of these clusters will change: no entry in memory names them any more. The file's entries may say the same
+    /// before the refcounts do, so a scan of it would find them counted without a reference.
+    pub(super) fn will_change(&self, offsets: impl Iterator<Item = u64>) {
+        let mut state = self.state.lock();
+        if let Some(tracked) = &mut state.tracked {
+            tracked.extend(offsets.map(|offset| self.cluster(offset)));
+        }
+=======
     /// Begins to remember whose refcounts change, of clusters before byte offset `end`. Nothing was handed out yet: what is linked
     /// in memory alone must be among them.
     pub(super) fn track(&self, end: u64) {
         self.state.lock().tracked = Some((self.cluster(end), BTreeSet::new()));
+>>>>>>> /tmp/wtW/crates/format/src/qcow2/refs.rs
     }
 
     /// Ends that.

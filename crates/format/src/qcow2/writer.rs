@@ -21,7 +21,7 @@ use super::{
     header::Header,
     l1::L1Entry,
     layout::SUBCLUSTERS,
-    links::{Joined, Links, Span},
+    links::{Joined, Links, Released, Span},
     mark::{Closing, Mark, Ticket},
     refs::{Found, Refs},
     repair,
@@ -106,6 +106,9 @@ impl Writer {
         let clusters = Arc::new(Clusters::new(file.clone(), cluster_size, open_end));
         let refs = Arc::new(Refs::new(file.clone(), found, clusters.clone()));
         let space = Arc::new(Space::new(clusters, refs, tables.clone(), rt.clone(), open_end));
+        if header.record.in_use {
+            space.refs.track();
+        }
         let reclaim = Reclaim::new(header.record.in_use, open_end);
         if reclaim.is_due() {
             space.refs.track(open_end);
@@ -483,7 +486,8 @@ impl ReservationHolder for Holder {
             Held::Zero => Kind::Zero,
         };
         let links = &self.core.flusher.links;
-        let (used, linked) = links.commit(&pin, rules, &span, kind, mode);
+        let unlinks = |released: Released| self.core.space.refs.will_change(released.clusters(cluster_size));
+        let (used, linked) = links.commit(&pin, rules, &span, kind, mode, unlinks);
         match room {
             Held::New(taken) | Held::Copy(taken) => taken.keep_each(&used),
             Held::Room(_) => links.leave(span.cluster),
