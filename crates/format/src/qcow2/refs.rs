@@ -568,6 +568,9 @@ impl Refs {
         let whole = self.table_bytes(&self.state.lock(), &unwritten, 0..entries);
         self.file.write(planned.at, whole).await?;
         self.file.sync().await?;
+        let old = self.state.lock().stored;
+        let old = old.at..old.at + old.clusters * self.layout.cluster_size();
+        self.will_change(old.step_by(index(self.layout.cluster_size())));
         mark.move_refcount_table(planned.at, planned.clusters).await?;
         let mut state = self.state.lock();
         let old = std::mem::replace(&mut state.stored, planned);
@@ -638,25 +641,18 @@ impl Refs {
         Some(runs)
     }
 
-<<<<<<< /work/main/crates/format/src/qcow2/refs.rs
-    /// Begins to remember whose refcounts change; goes on with that where it has begun.
-    pub(super) fn track(&self) {
-        self.state.lock().tracked.get_or_insert_default();
+    /// Begins to remember whose refcounts change, of clusters before byte offset `end`. Nothing was handed out yet: what is linked
+    /// in memory alone must be among them.
+    pub(super) fn track(&self, end: u64) {
+        self.state.lock().tracked = Some((self.cluster(end), BTreeSet::new()));
     }
 
     /// The refcounts of these clusters will change: no entry in memory names them any more. The file's entries may say the same
     /// before the refcounts do, so a scan of it would find them counted without a reference.
     pub(super) fn will_change(&self, offsets: impl Iterator<Item = u64>) {
-        let mut state = self.state.lock();
-        if let Some(tracked) = &mut state.tracked {
-            tracked.extend(offsets.map(|offset| self.cluster(offset)));
+        if let Some((end, tracked)) = &mut self.state.lock().tracked {
+            tracked.extend(offsets.map(|offset| self.cluster(offset)).filter(|cluster| *cluster < *end));
         }
-=======
-    /// Begins to remember whose refcounts change, of clusters before byte offset `end`. Nothing was handed out yet: what is linked
-    /// in memory alone must be among them.
-    pub(super) fn track(&self, end: u64) {
-        self.state.lock().tracked = Some((self.cluster(end), BTreeSet::new()));
->>>>>>> /tmp/wtW/crates/format/src/qcow2/refs.rs
     }
 
     /// Ends that.

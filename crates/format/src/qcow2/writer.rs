@@ -106,9 +106,6 @@ impl Writer {
         let clusters = Arc::new(Clusters::new(file.clone(), cluster_size, open_end));
         let refs = Arc::new(Refs::new(file.clone(), found, clusters.clone()));
         let space = Arc::new(Space::new(clusters, refs, tables.clone(), rt.clone(), open_end));
-        if header.record.in_use {
-            space.refs.track();
-        }
         let reclaim = Reclaim::new(header.record.in_use, open_end);
         if reclaim.is_due() {
             space.refs.track(open_end);
@@ -188,6 +185,10 @@ impl Core {
         }
         taken.keep();
         self.tables.known().made(table..table + cluster_size);
+        if let L1Entry::Shared(old) = old {
+            // Before a round can take it.
+            self.space.refs.will_change(std::iter::once(old));
+        }
         self.flusher.links.link_table(&self.tables.l1, l1_index, table, old);
         Ok(())
     }

@@ -35,7 +35,7 @@ async fn survives(crashed: Files, model: &Model, context: &str) {
 
     // The mark goes only when nothing is lost.
     let reader: Arc<dyn ReadAt> = crashed.image.clone();
-    let in_use = qcow2().describe(&reader).await.unwrap().dirty;
+    let in_use = qcow2().describe(&reader).await.unwrap().in_use;
 
     let mut model = model.clone();
     model.settle(&found);

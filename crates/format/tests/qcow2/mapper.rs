@@ -37,9 +37,9 @@ async fn drawn(mapper: &dyn WritableMapper, size: u64, count: u64) -> String {
     out
 }
 
-async fn dirty(file: &Arc<SimFile>) -> bool {
+async fn in_use(file: &Arc<SimFile>) -> bool {
     let reader: Arc<dyn ReadAt> = file.clone();
-    qcow2().describe(&reader).await.unwrap().dirty
+    qcow2().describe(&reader).await.unwrap().in_use
 }
 
 async fn snapshot(file: &Arc<SimFile>) {
@@ -392,20 +392,20 @@ fn the_marks_are_there_while_clusters_are_allocated() {
     block_on(async {
         let mut guest = Guest::new(&SMALL).await;
         let file = guest.files.image.clone();
-        assert!(!dirty(&file).await);
+        assert!(!in_use(&file).await);
         guest.fill(0, 1).await.unwrap();
-        assert!(dirty(&file).await);
+        assert!(in_use(&file).await);
         let held = guest.mapper.prepare(CLUSTER, CLUSTER, Room::Data).await.unwrap();
         guest.mapper.settle().await.unwrap();
-        assert!(dirty(&file).await, "something is in flight");
+        assert!(in_use(&file).await, "something is in flight");
         drop(held);
         guest.mapper.settle().await.unwrap();
-        assert!(!dirty(&file).await);
+        assert!(!in_use(&file).await);
         assert_eq!(wrong(&file).await, (0, 0));
         guest.fill(2, 1).await.unwrap();
-        assert!(dirty(&file).await);
+        assert!(in_use(&file).await);
         guest.mapper.close().await.unwrap();
-        assert!(!dirty(&file).await);
+        assert!(!in_use(&file).await);
         assert_eq!(wrong(&file).await, (0, 0));
         guest.check_reads().await;
     });
@@ -741,7 +741,7 @@ fn closing_leaves_nothing_after_anything() {
                 }
                 guest.mapper.close().await.unwrap();
                 assert_eq!(wrong(&guest.files.image).await, (0, 0), "seed {seed}");
-                assert!(!dirty(&guest.files.image).await);
+                assert!(!in_use(&guest.files.image).await);
                 guest.check_reads().await;
             }
         });
