@@ -133,7 +133,8 @@ impl DirtyBudget {
 
     fn begin_writeback_knowing(&self, dirty_at_all: impl Fn() -> u64) -> Option<u64> {
         let due = writeback_bytes(self.bytes_max);
-        if self.dirty() < self.look_at.load(Ordering::Acquire) || self.writeback.swap(true, Ordering::AcqRel) {
+        if self.dirty() < self.look_at.load(Ordering::Acquire) || self.writeback.swap(true, Ordering::AcqRel)
+        {
             return None;
         }
         // Read first: what is written from here on may not be in the kernel's count.
