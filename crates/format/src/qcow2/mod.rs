@@ -9,7 +9,6 @@
 //!   whether the refcounts say the same; `repair` with `mend`, `recount` and `flags`: making it right; `snapshot`: internal
 //!   snapshots made, applied and deleted.
 //! - `describe`: what an image says of itself. `head`, `create`: a new image; `change`, `grow`: a changed header.
-#![allow(dead_code, reason = "the parts arrive one after the other; goes when all are there")]
 
 mod change;
 mod check;
