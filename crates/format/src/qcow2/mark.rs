@@ -131,11 +131,10 @@ impl Mark {
         Ok(())
     }
 
-    /// Clears autoclear bits that are not kept true.
-    /// Says whether there was something to clear.
-    pub(super) async fn clear_autoclear(&self) -> Result<bool, FormatError> {
+    /// Clears autoclear bits. What the guest wrote in place is not known here, but it is flushed.
+    pub(super) async fn clear_autoclear(&self) -> Result<(), FormatError> {
         if !self.state.lock().autoclear {
-            return Ok(false);
+            return Ok(());
         }
         let mut header = self.header.lock().await;
         let before = header.clone();
@@ -146,7 +145,7 @@ impl Mark {
             return Err(error);
         }
         self.state.lock().autoclear = false;
-        Ok(true)
+        Ok(())
     }
 
     /// Makes the header name another refcount table.

@@ -1,0 +1,342 @@
+//! Plan: everything that will happen in a run, drawn from its seed before it begins.
+//!
+//! - Each guest request, fault and change has a number, and a plan can be had without some of them: that is how a failing run
+//!   is cut down. What is left is the same as it was.
+//! - The schedule itself is drawn while the run goes, from the seed that the plan names.
+//!
+//! Not here: doing it (`run`).
+
+use std::collections::BTreeSet;
+
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+use readonce_storage::sim::{Fault, Lasts};
+
+use crate::shape::{Formats, Shape};
+
+/// Number of an element that can be left out.
+pub type Id = u32;
+
+/// A run.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// What it was drawn from.
+    pub seed: u64,
+    /// The images.
+    pub shape: Shape,
+    /// From open to close or power loss, one after the other.
+    pub sessions: Vec<Session>,
+}
+
+/// An element with its number.
+pub type Numbered<T> = (Id, T);
+
+/// One session.
+#[derive(Debug, Clone)]
+pub struct Session {
+    /// What the schedule is drawn from.
+    pub schedule: u64,
+    /// What is done to the closed image before it.
+    pub before: Vec<Numbered<Change>>,
+    /// The top fills.
+    pub copy_on_read: bool,
+    /// Bound of what is in flight, bytes, both kinds.
+    pub budget: u64,
+    /// Requests of each guest, in order.
+    pub guests: Vec<Vec<Numbered<Op>>>,
+    /// The image's disk.
+    pub disk_faults: Vec<Numbered<DiskFault>>,
+    /// The origin, by the number of the request.
+    pub origin_faults: Vec<Numbered<(u64, OriginFault)>>,
+    /// How it ends.
+    pub end: End,
+}
+
+/// What a guest does; offsets and lengths are cells.
+#[derive(Debug, Clone, Copy)]
+pub enum Op {
+    /// Reads.
+    Read(u64, u64),
+    /// Begins a read and goes away.
+    Abandon(u64, u64),
+    /// Writes.
+    Write(u64, u64),
+    /// Writes, then flushes.
+    WriteThrough(u64, u64),
+    /// Zeroes; whether the space is kept.
+    Zero(u64, u64, bool),
+    /// Discards.
+    Trim(u64, u64),
+    /// Flushes.
+    Flush,
+    /// Asks for a range to be brought in.
+    Cache(u64, u64),
+    /// Asks where a range is.
+    Status(u64, u64),
+    /// Does nothing for so many milliseconds.
+    Pause(u64),
+    /// Turns copy-on-read on or off.
+    CopyOnRead(bool),
+}
+
+/// What is done between two sessions.
+#[derive(Debug, Clone, Copy)]
+pub enum Change {
+    /// Grows the disk by so many sectors.
+    Grow(u64),
+    /// Makes an internal snapshot.
+    Snapshot,
+    /// Makes the disk what one of the snapshots is (by this number, modulo their count).
+    Apply(u64),
+    /// Lets one of the snapshots go.
+    Delete(u64),
+    /// Gives the backing another name for the same bytes.
+    Rename,
+    /// Repairs leaks.
+    Repair,
+}
+
+/// A fault of the image's disk: from the nth operation that it can hit.
+#[derive(Debug, Clone, Copy)]
+pub struct DiskFault {
+    /// Counted from 1, from the start of the session.
+    pub nth: u64,
+    /// What.
+    pub fault: Fault,
+    /// How long.
+    pub lasts: Lasts,
+}
+
+/// A fault of the origin.
+#[derive(Debug, Clone, Copy)]
+pub enum OriginFault {
+    /// Answers after so many milliseconds.
+    Slow(u64),
+    /// Never answers.
+    Stall,
+    /// Breaks the connection before it answers.
+    Reset,
+    /// Answers with this status.
+    Status(u16),
+    /// 429 with Retry-After, seconds.
+    TooMany(u64),
+    /// Breaks off after so many 256ths of the body.
+    Cut(u8),
+    /// Ends the body early, without an error.
+    Truncate(u8),
+    /// Stops sending after so many 256ths of the body.
+    StallBody(u8),
+    /// Says another range than was asked.
+    WrongRange,
+    /// Sends more than it said.
+    Longer,
+    /// Sends the whole file.
+    Whole,
+    /// Another version is there from now on, for so many requests.
+    Changed(u64),
+    /// Refuses every connection for so many requests.
+    Dead(u64),
+}
+
+/// How a session ends.
+#[derive(Debug, Clone, Copy)]
+pub enum End {
+    /// Guests end, the image is closed clean.
+    Close,
+    /// The power goes after so many steps of the executor; the seed draws what the disk keeps.
+    PowerLoss(u64, u64),
+}
+
+/// Draws plans.
+struct Draw {
+    rng: SmallRng,
+    id: Id,
+    cells: u64,
+    cluster_cells: u64,
+}
+
+impl Plan {
+    /// The plan of a seed. `salt` draws other schedules and crashes for the same requests.
+    pub fn draw(seed: u64, formats: Formats, salt: u64) -> Self {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let shape = Shape::draw(&mut rng, formats);
+        let cells = shape.size / shape.cell;
+        let cluster_cells = (shape.top.cluster_size / shape.cell).max(1);
+        let count = rng.random_range(2..6);
+        let mut draw = Draw { rng, id: 0, cells, cluster_cells };
+        let sessions = (0..count).map(|number| draw.session(number, number + 1 == count, &shape)).collect();
+        let mut plan = Self { seed, shape, sessions };
+        if salt > 0 {
+            let mut rng = SmallRng::seed_from_u64(salt);
+            for session in &mut plan.sessions {
+                session.schedule ^= rng.random::<u64>();
+                if let End::PowerLoss(polls, keep) = &mut session.end {
+                    *keep ^= rng.random::<u64>();
+                    *polls = rng.random_range(0..=*polls);
+                }
+            }
+        }
+        plan
+    }
+
+    /// Leaves elements out.
+    pub fn without(mut self, out: &BTreeSet<Id>) -> Self {
+        fn keep<T>(out: &BTreeSet<Id>, list: &mut Vec<Numbered<T>>) {
+            list.retain(|(id, _)| !out.contains(id));
+        }
+        for session in &mut self.sessions {
+            keep(out, &mut session.before);
+            keep(out, &mut session.disk_faults);
+            keep(out, &mut session.origin_faults);
+            session.guests.iter_mut().for_each(|guest| keep(out, guest));
+            session.guests.retain(|guest| !guest.is_empty());
+        }
+        // A session in which nothing happens but its power loss, after one that was closed, is none.
+        self
+    }
+
+    /// The numbers of all elements.
+    pub fn ids(&self) -> Vec<Id> {
+        let mut ids = Vec::new();
+        for session in &self.sessions {
+            ids.extend(session.before.iter().map(|(id, _)| *id));
+            ids.extend(session.disk_faults.iter().map(|(id, _)| *id));
+            ids.extend(session.origin_faults.iter().map(|(id, _)| *id));
+            ids.extend(session.guests.iter().flatten().map(|(id, _)| *id));
+        }
+        ids
+    }
+}
+
+impl Draw {
+    fn numbered<T>(&mut self, element: T) -> Numbered<T> {
+        self.id += 1;
+        (self.id, element)
+    }
+
+    /// One of `of` times.
+    fn once_in(&mut self, of: u32) -> bool {
+        self.rng.random_range(0..of) == 0
+    }
+
+    fn session(&mut self, number: u32, last: bool, shape: &Shape) -> Session {
+        let guests = self.rng.random_range(1..9);
+        let ops = [8, 40, 160][self.rng.random_range(0..3)];
+        // What a session is like: some have no faults, most have no faults of the disk.
+        let disk_faults = if last || !self.once_in(4) { 0 } else { self.rng.random_range(1..3) };
+        let origin_faults = if self.once_in(2) { 0 } else { self.rng.random_range(1..6) };
+        let changes = if number == 0 { 0 } else { self.rng.random_range(0..3) };
+        let cluster = shape.top.cluster_size;
+        let local = self.once_in(3);
+        Session {
+            schedule: self.rng.random(),
+            before: (0..changes)
+                .map(|_| {
+                    let change = self.change();
+                    self.numbered(change)
+                })
+                .collect(),
+            copy_on_read: !self.once_in(5),
+            budget: [64 << 20, 64 << 20, 3 * cluster, 1][self.rng.random_range(0..4)],
+            guests: (0..guests)
+                .map(|_| {
+                    (0..ops)
+                        .map(|_| {
+                            let op = self.op(local);
+                            self.numbered(op)
+                        })
+                        .collect()
+                })
+                .collect(),
+            disk_faults: (0..disk_faults)
+                .map(|_| {
+                    let fault = self.disk_fault();
+                    self.numbered(fault)
+                })
+                .collect(),
+            origin_faults: (0..origin_faults)
+                .map(|_| {
+                    let fault = (self.rng.random_range(0..30), self.origin_fault());
+                    self.numbered(fault)
+                })
+                .collect(),
+            end: if last || self.once_in(4) {
+                End::Close
+            } else {
+                let polls_max: u64 = 1 << self.rng.random_range(4..15);
+                End::PowerLoss(self.rng.random_range(0..polls_max), self.rng.random())
+            },
+        }
+    }
+
+    fn range(&mut self, local: bool) -> (u64, u64) {
+        let cells = if local { self.cells.min(self.cluster_cells * 3) } else { self.cells };
+        let cluster = self.cluster_cells;
+        let first = self.rng.random_range(0..cells);
+        let (first, count) = match self.rng.random_range(0..8) {
+            0..5 => (first, self.rng.random_range(1..9)),
+            5..7 => (first / cluster * cluster, cluster.min(256)),
+            _ => (first, self.rng.random_range(1..(cluster * 3).clamp(2, 400))),
+        };
+        (first, count.min(self.cells - first))
+    }
+
+    fn op(&mut self, local: bool) -> Op {
+        let (at, len) = self.range(local);
+        match self.rng.random_range(0..100) {
+            0..40 => Op::Read(at, len),
+            40..42 => Op::Abandon(at, len),
+            42..70 => Op::Write(at, len),
+            70..73 => Op::WriteThrough(at, len),
+            73..80 => Op::Zero(at, len, self.rng.random()),
+            80..86 => Op::Trim(at, len),
+            86..90 => Op::Flush,
+            90..93 => Op::Cache(at, len),
+            93..95 => Op::Status(at, len),
+            95..99 => Op::Pause([1, 100, 600, 7_000][self.rng.random_range(0..4)]),
+            _ => Op::CopyOnRead(self.rng.random()),
+        }
+    }
+
+    fn change(&mut self) -> Change {
+        match self.rng.random_range(0..10) {
+            0..2 => Change::Grow(self.rng.random_range(1..200)),
+            2..5 => Change::Snapshot,
+            5 => Change::Apply(self.rng.random_range(0..8)),
+            6..8 => Change::Delete(self.rng.random_range(0..8)),
+            8 => Change::Rename,
+            _ => Change::Repair,
+        }
+    }
+
+    fn disk_fault(&mut self) -> DiskFault {
+        let fault =
+            [Fault::Eio, Fault::NoSpace, Fault::NoSpace, Fault::SyncFails][self.rng.random_range(0..4)];
+        let nth_max = if fault == Fault::SyncFails { 8 } else { 1 << self.rng.random_range(1..11) };
+        let lasts = match fault {
+            // For good it is a machine that died; that is what power losses are for.
+            Fault::Eio => Lasts::Once,
+            _ if self.once_in(2) => Lasts::Once,
+            _ => Lasts::ForGood,
+        };
+        DiskFault { nth: self.rng.random_range(1..=nth_max), fault, lasts }
+    }
+
+    fn origin_fault(&mut self) -> OriginFault {
+        let part = self.rng.random();
+        match self.rng.random_range(0..20) {
+            0..4 => OriginFault::Slow(1 << self.rng.random_range(0..14)),
+            4 => OriginFault::Stall,
+            5 => OriginFault::Reset,
+            6..8 => OriginFault::Status([500, 502, 503, 504, 408, 404, 412][self.rng.random_range(0..7)]),
+            8 => OriginFault::TooMany(self.rng.random_range(0..100)),
+            9..12 => OriginFault::Cut(part),
+            12 => OriginFault::Truncate(part),
+            13 => OriginFault::StallBody(part),
+            14 => OriginFault::WrongRange,
+            15 => OriginFault::Longer,
+            16 => OriginFault::Whole,
+            17..19 => OriginFault::Changed(self.rng.random_range(1..20)),
+            _ => OriginFault::Dead(self.rng.random_range(1..40)),
+        }
+    }
+}

@@ -1,0 +1,418 @@
+//! World: the files of a run, and how they are made and opened, as `readonce` opens a chain.
+//!
+//! Not here: what is done with them (`run`), what must be true of them (`verdict`).
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use readonce_disk::{
+    Base, BaseFiles, Image, ImageFiles, ImageOptions, LayerError, Lazy, Source, chain::driver_of,
+    inflight::Budgets, pieces::Pieces,
+};
+use readonce_format::{
+    Driver, FormatError,
+    driver::{BackingRef, CreateSpec, Description, HeaderChange, Pin, Repair, SnapshotChange, driver},
+};
+use readonce_origin::{HttpOrigin, Origin, OriginOptions, Reach, Validator, Version};
+use readonce_storage::{ReadAt, Rt, SimFile, Storage, runtime::timeout};
+use url::Url;
+
+use crate::{
+    bug::{self, Bug},
+    exec::Exec,
+    remote,
+    server::{Served, Server},
+    shape::{Layout, Remote, Shape},
+    stamp,
+};
+
+/// Two names for the same bytes.
+const NAMES: [&str; 2] = ["/first.img", "/second.img"];
+
+/// What lives longer than a session.
+#[derive(Clone)]
+pub struct Disks {
+    /// The top image.
+    pub top: Arc<SimFile>,
+    /// The file that holds its data.
+    pub data: Option<Arc<SimFile>>,
+    /// The image below it.
+    pub middle: Option<Arc<SimFile>>,
+}
+
+/// What does not change in a run.
+pub struct World {
+    /// The images.
+    pub shape: Shape,
+    served: Served,
+    /// The version that images pin.
+    version: Version,
+    bug: Option<Bug>,
+    /// A pin may be lost: the power went while the name that it belongs to was changed.
+    pub pin_may_be_lost: bool,
+}
+
+/// Images open for writing.
+pub struct Opened {
+    /// What the guests use.
+    pub top: Arc<Image>,
+    /// What is filled below it.
+    pub middle: Option<Arc<Image>>,
+}
+
+/// How a session opens the images.
+#[derive(Debug, Clone, Copy)]
+pub struct OpenAs {
+    /// The top fills.
+    pub copy_on_read: bool,
+    /// Both bounds, bytes.
+    pub budget: u64,
+}
+
+impl Disks {
+    /// Empty files for a shape.
+    pub fn new(shape: &Shape) -> Self {
+        Self {
+            top: Arc::default(),
+            data: shape.top.data_file.then(Arc::default),
+            middle: shape.middle.is_some().then(Arc::default),
+        }
+    }
+
+    /// All of them.
+    pub fn all(&self) -> impl Iterator<Item = &Arc<SimFile>> {
+        [Some(&self.top), self.data.as_ref(), self.middle.as_ref()].into_iter().flatten()
+    }
+
+    /// Each file, made anew.
+    pub fn map(&self, mut anew: impl FnMut(&SimFile) -> SimFile) -> Self {
+        Self {
+            top: Arc::new(anew(&self.top)),
+            data: self.data.as_ref().map(|file| Arc::new(anew(file))),
+            middle: self.middle.as_ref().map(|file| Arc::new(anew(file))),
+        }
+    }
+}
+
+impl World {
+    /// The world of a shape.
+    pub fn new(shape: Shape, bug: Option<Bug>) -> Self {
+        let file = |version| remote::file(shape.remote, version, shape.backing_len, shape.cell);
+        let bytes = file(1);
+        let mut changed = if bug.is_some() || shape.remote == Remote::Raw { file(2) } else { Bytes::new() };
+        // Another version is as long: its length must not be what tells it.
+        if changed.len() != bytes.len() {
+            changed = bytes.iter().map(|byte| byte ^ 0xa5).collect();
+        }
+        let version =
+            Version { validator: Validator::StrongETag("\"first\"".into()), len: bytes.len() as u64 };
+        Self { shape, served: Served { bytes, changed }, version, bug, pin_may_be_lost: false }
+    }
+
+    /// The server, with another state in each session.
+    pub fn server(&self, rt: Rt, delay_ms_max: u64) -> Arc<Server> {
+        let files: BTreeMap<_, _> =
+            NAMES.iter().map(|name| ((*name).to_owned(), self.served.clone())).collect();
+        Server::new(rt, files, delay_ms_max, self.bug)
+    }
+
+    /// Bytes of the remote file.
+    pub fn remote_len(&self) -> u64 {
+        self.version.len
+    }
+
+    fn backing_ref(&self, name: usize) -> BackingRef {
+        let format = match self.shape.remote {
+            Remote::Raw => "raw",
+            Remote::Qcow2 | Remote::Compressed => "qcow2",
+        };
+        BackingRef { name: format!("http://sim{}", NAMES[name % NAMES.len()]), format: Some(format.into()) }
+    }
+
+    fn pin(&self) -> Pin {
+        Pin { validator: self.version.validator.encode(), len: self.version.len }
+    }
+
+    /// Makes the images; returns what the guests must see in them.
+    pub async fn create(&self, disks: &Disks, exec: &Arc<Exec>) -> Vec<u64> {
+        let shape = &self.shape;
+        let mut seen: Vec<u64> = (0..shape.size / shape.cell)
+            .map(
+                |at| if at * shape.cell < shape.backing_len { stamp::of_backing(1, at) } else { stamp::ZERO },
+            )
+            .collect();
+        if let (Some(middle), Some(file)) = (&shape.middle, &disks.middle) {
+            let file: Arc<dyn Storage> = file.clone();
+            let backing = Some(self.backing_ref(0));
+            middle.layout.create(&file, None, shape.backing_len, backing, Some(self.pin())).await;
+            self.write_some(file, &middle.layout, exec, &mut seen).await;
+        }
+        let file: Arc<dyn Storage> = disks.top.clone();
+        let data: Option<Arc<dyn Storage>> = disks.data.clone().map(|data| data as Arc<dyn Storage>);
+        let (backing, pin) = match &shape.middle {
+            Some(middle) => {
+                let format = Some(middle.layout.format.into());
+                (BackingRef { name: "middle.img".into(), format }, None)
+            }
+            None => (self.backing_ref(0), Some(self.pin())),
+        };
+        shape.top.create(&file, data.as_ref(), shape.size, Some(backing), pin).await;
+        seen
+    }
+
+    /// The middle has bytes of its own, here and there.
+    async fn write_some(&self, file: Arc<dyn Storage>, layout: &Layout, exec: &Arc<Exec>, seen: &mut [u64]) {
+        let mapper = layout.driver().open_writable(file.clone(), None, exec.rt()).await.expect("it opens");
+        let cell = self.shape.cell;
+        let image = Image::new(mapper, file, None, exec.rt(), ImageOptions::default());
+        let cells = self.shape.backing_len / cell;
+        let stride = (layout.cluster_size / cell).max(1);
+        for cluster in (0..cells.div_ceil(stride)).filter(|cluster| cluster % 3 == 1) {
+            let (first, end) = (cluster * stride, ((cluster + 1) * stride).min(cells));
+            let mut data = vec![0; ((end - first) * cell) as usize];
+            let of = |at| stamp::of_write((1 << 32) + cluster, at);
+            stamp::fill(&mut data, cell, first, of);
+            image.write(first * cell, data.into()).await.expect("the disk has room");
+            for at in first..end.min(seen.len() as u64) {
+                seen[at as usize] = of(at);
+            }
+        }
+        image.close(Duration::ZERO).await.expect("it closes");
+    }
+
+    /// Opens the images for writing.
+    ///
+    /// # Errors
+    /// Of the format, or of a disk that died.
+    pub async fn open(
+        &self,
+        disks: &Disks,
+        exec: &Arc<Exec>,
+        server: &Arc<Server>,
+        how: OpenAs,
+    ) -> Result<Opened, FormatError> {
+        let mut middle = None;
+        let backing: Arc<dyn Source> = match (&self.shape.middle, &disks.middle) {
+            (Some(layer), Some(file)) if layer.fills => {
+                let remote = self.remote(&layer.layout, file, exec, server).await?;
+                let options = ImageOptions { copy_on_read: true, ..ImageOptions::default() };
+                let image = self.open_image(&layer.layout, (file, None), remote, exec, options).await?;
+                middle = Some(Arc::clone(&image));
+                image
+            }
+            (Some(layer), Some(file)) => {
+                let remote = self.remote(&layer.layout, file, exec, server).await?;
+                let file = Arc::new(Local(file.clone()));
+                let own: Arc<dyn ReadAt> = file.clone();
+                let mapper = layer.layout.driver().open(own.clone()).await?;
+                Arc::new(Base::new(mapper, BaseFiles { own, data: file }, Some(remote), &exec.rt()))
+            }
+            _ => self.remote(&self.shape.top, &disks.top, exec, server).await?,
+        };
+        let options = ImageOptions {
+            copy_on_read: how.copy_on_read,
+            budgets: Budgets { fetch_bytes_max: how.budget, guest_bytes_max: how.budget },
+        };
+        let files = (&disks.top, disks.data.as_ref());
+        let top = self.open_image(&self.shape.top, files, backing, exec, options).await?;
+        Ok(Opened { top, middle })
+    }
+
+    async fn open_image(
+        &self,
+        layout: &Layout,
+        (own, data): (&Arc<SimFile>, Option<&Arc<SimFile>>),
+        backing: Arc<dyn Source>,
+        exec: &Arc<Exec>,
+        options: ImageOptions,
+    ) -> Result<Arc<Image>, FormatError> {
+        let own = bug::storage(self.bug, own.clone());
+        let data = data.map(|data| bug::storage(self.bug, data.clone()));
+        let mapper = layout.driver().open_writable(own.clone(), data.clone(), exec.rt()).await?;
+        let mapper = bug::mapper(self.bug, mapper);
+        let files = ImageFiles { own: own.clone(), data: data.unwrap_or(own) };
+        let image = Image::new(mapper, files, Some(backing), exec.rt(), options);
+        image.start_reclaim();
+        Ok(image)
+    }
+
+    /// The remote backing that the image in `file` names, opened as a chain does it: tried now, and at each use until it opens.
+    async fn remote(
+        &self,
+        layout: &Layout,
+        file: &Arc<SimFile>,
+        exec: &Arc<Exec>,
+        server: &Arc<Server>,
+    ) -> Result<Arc<dyn Source>, FormatError> {
+        let description = layout.describe(&(file.clone() as Arc<dyn Storage>)).await?;
+        let backing = description.backing.expect("it was made with one");
+        let pin = match description.pin {
+            None if self.pin_may_be_lost => self.pin(),
+            pin => pin.expect("the pin is kept"),
+        };
+        assert!(
+            self.pin_may_be_lost || description.only_readonce_wrote || !layout.is_pinned_for_good(),
+            "nobody else wrote"
+        );
+        let version = Version::decode(&pin.validator, pin.len).expect("we encoded it");
+        assert_eq!(version, self.version, "the pin is kept");
+        let url = Url::parse(&backing.name).expect("we wrote it");
+        let (server, rt) = (Arc::clone(server), exec.rt());
+        let lazy = Lazy::new(Box::new(move || {
+            let options = OriginOptions {
+                expect: Some(version.clone()),
+                reach: Reach::Preferred,
+                ..OriginOptions::default()
+            };
+            let (server, rt, url, format) = (server.clone(), rt.clone(), url.clone(), backing.format.clone());
+            Box::pin(async move { open_remote(server, &url, options, format.as_deref(), rt).await })
+        }));
+        let _ = timeout(&exec.rt(), Duration::from_secs(20), lazy.source()).await;
+        Ok(Arc::new(lazy))
+    }
+}
+
+async fn open_remote(
+    server: Arc<Server>,
+    url: &Url,
+    options: OriginOptions,
+    format: Option<&str>,
+    rt: Rt,
+) -> Result<Arc<dyn Source>, LayerError> {
+    let origin: Arc<dyn Origin> = HttpOrigin::open_with(server, url, &options, &rt).await?;
+    let origin: Arc<dyn Origin> = Pieces::new(origin, rt.clone());
+    let own: Arc<dyn ReadAt> = origin.clone();
+    let driver = driver_of(&*own, format).await.map_err(LayerError::NoBacking)?;
+    let mapper = driver.open(own.clone()).await?;
+    Ok(Arc::new(Base::new(mapper, BaseFiles { own, data: origin }, None, &rt)))
+}
+
+impl Layout {
+    /// Its driver.
+    pub fn driver(&self) -> &'static dyn Driver {
+        driver(self.format).expect("a known format")
+    }
+
+    /// Version 2 of qcow2 cannot say that only we wrote.
+    fn is_pinned_for_good(&self) -> bool {
+        !self.options.iter().any(|(name, _)| *name == "compat")
+    }
+
+    /// What the image in `file` says of itself.
+    ///
+    /// # Errors
+    /// Of the format.
+    pub async fn describe(&self, file: &Arc<dyn Storage>) -> Result<Description, FormatError> {
+        let readable: Arc<dyn ReadAt> = file.clone();
+        self.driver().describe(&readable).await
+    }
+
+    async fn create(
+        &self,
+        file: &Arc<dyn Storage>,
+        data: Option<&Arc<dyn Storage>>,
+        size: u64,
+        backing: Option<BackingRef>,
+        pin: Option<Pin>,
+    ) {
+        let mut options: Vec<_> =
+            self.options.iter().map(|(name, value)| ((*name).to_owned(), Some(value.clone()))).collect();
+        options.push(("cluster_size".into(), Some(self.cluster_size.to_string())));
+        let data_file = data.map(|_| "data.raw".to_owned());
+        let spec = CreateSpec { size, backing, options, pin, data_file };
+        self.driver().create(file, data, &spec).await.expect("the image is made");
+    }
+}
+
+/// A change of the closed images.
+#[derive(Debug, Clone)]
+pub enum Wanted {
+    /// The top grows to so many bytes.
+    Size(u64),
+    /// The remote backing gets its nth name.
+    Name(usize),
+    /// The top is repaired.
+    Repair,
+    /// The top's snapshots change.
+    Snapshot(SnapshotChange),
+}
+
+impl World {
+    /// Changes the closed images.
+    ///
+    /// # Errors
+    /// Of the format.
+    pub async fn change(&self, disks: &Disks, wanted: &Wanted) -> Result<(), FormatError> {
+        let file: Arc<dyn Storage> = disks.top.clone();
+        let driver = self.shape.top.driver();
+        match wanted {
+            Wanted::Size(size) => driver.change(&file, &HeaderChange::Size(*size)).await,
+            Wanted::Name(name) => {
+                let change = HeaderChange::Backing(Some(self.backing_ref(*name)), Some(self.pin()));
+                match (&self.shape.middle, &disks.middle) {
+                    (Some(middle), Some(file)) => {
+                        let file: Arc<dyn Storage> = file.clone();
+                        middle.layout.driver().change(&file, &change).await
+                    }
+                    _ => driver.change(&file, &change).await,
+                }
+            }
+            Wanted::Repair => {
+                let report = driver.repair(&file, Repair::All).await?;
+                if report.check_errors > 0 {
+                    return Err(FormatError::Io(std::io::Error::other("the repair met errors")));
+                }
+                assert_eq!(report.corruptions, 0, "after a repair: {report:?}");
+                Ok(())
+            }
+            Wanted::Snapshot(change) => {
+                let readable: Arc<dyn ReadAt> = file.clone();
+                if driver.describe(&readable).await?.dirty {
+                    driver.repair(&file, Repair::All).await?;
+                }
+                driver.snapshot(&file, change).await
+            }
+        }
+    }
+}
+
+/// A file of this machine as an origin.
+struct Local(Arc<SimFile>);
+
+impl ReadAt for Local {
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Option<std::io::Result<()>> {
+        self.0.read_now(offset, buf)
+    }
+    fn read(&self, offset: u64, len: usize) -> readonce_storage::BoxFuture<'_, std::io::Result<Bytes>> {
+        self.0.read(offset, len)
+    }
+}
+
+impl Origin for Local {
+    fn fetch<'a>(
+        &'a self,
+        range: std::ops::Range<u64>,
+        _: readonce_origin::Class,
+        sink: readonce_origin::Sink<'a>,
+    ) -> readonce_storage::BoxFuture<'a, Result<(), readonce_origin::FetchError>> {
+        Box::pin(async move {
+            let len = usize::try_from(range.end - range.start).expect("it fits in memory");
+            let permanent = |error: std::io::Error| readonce_origin::FetchError::Permanent {
+                origin: "middle".into(),
+                cause: error.to_string(),
+            };
+            let bytes = self.0.read(range.start, len).await.map_err(permanent)?;
+            sink(range.start, bytes);
+            Ok(())
+        })
+    }
+    fn name(&self) -> String {
+        "middle".into()
+    }
+    fn validator(&self) -> Vec<u8> {
+        Vec::new()
+    }
+}
