@@ -2,7 +2,7 @@
 //!
 //! - It stands above layers that do not change: what it holds stays true. A lower image that is being filled is not looked
 //!   into: the index leads to it, and ends there.
-//! - Bounded: [`SHARDS`] parts of [`EXTENTS_MAX`] extents; a part that is full begins anew.
+//! - Bounded: `SHARDS` parts of `EXTENTS_MAX` extents; a part that is full begins anew.
 //! - Readers of different regions share no lock.
 //!
 //! Not here: the bytes.

@@ -1,10 +1,10 @@
 //! Pieces: an origin far away, read in larger pieces than are asked for, which are kept for a while.
 //!
-//! - What a format reads (tables, compressed clusters) comes in aligned blocks of [`BLOCK_BYTES`], more of them at a time where
+//! - What a format reads (tables, compressed clusters) comes in aligned blocks of `BLOCK_BYTES`, more of them at a time where
 //!   reads follow each other. So neighbours come along, and a table costs one round trip.
 //! - A fetch of data asks for exactly its range, but for what is kept or on its way already: each byte is asked once while
 //!   it is kept.
-//! - Readers of one block at the same time share a request. At most [`KEPT_BLOCKS_MAX`] blocks are kept.
+//! - Readers of one block at the same time share a request. At most `KEPT_BLOCKS_MAX` blocks are kept.
 //!
 //! Not here: retries and versions (the origin), what the bytes mean.
 

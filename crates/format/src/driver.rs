@@ -88,8 +88,8 @@ pub struct Description {
     pub copy_on_read: bool,
     /// The pinned version, if a valid record belongs to the stored backing name.
     pub pin: Option<Pin>,
-    /// Whether only readonce wrote since the pin was set; meaningless without a pin.
-    pub only_readonce_wrote: bool,
+    /// Whether only readonce wrote since the pin was set; meaningless without a pin. `None`: the image cannot tell.
+    pub only_readonce_wrote: Option<bool>,
     /// Whether the image is marked as not closed clean, by a mark that every program knows.
     pub dirty: bool,
     /// Whether a mark of ours says that the image is in use, or was and not closed clean.
@@ -240,7 +240,7 @@ pub trait Driver: Send + Sync {
     /// Opens for reading. Changes nothing. Where data lies, in this file or another, the description says.
     fn open(&self, file: Arc<dyn ReadAt>) -> BoxFuture<'static, Result<Arc<dyn Mapper>, FormatError>>;
 
-    /// Opens for writing. Writes nothing until the first change. A dirty image is not repaired here beyond what reading it
+    /// Opens for writing. Writes nothing until the first change, but for autoclear bits that would not stay true. A dirty image is not repaired here beyond what reading it
     /// needs: see [`WritableMapper::reclaim`]. `data` is the file that holds the data, where the description names one.
     fn open_writable(
         &self,

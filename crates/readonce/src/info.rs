@@ -143,7 +143,9 @@ impl<'a> Facts<'a> {
         }
         if let Some(pin) = &description.pin {
             ours.insert("pin".into(), json!({"validator": validator(pin), "length": pin.len}));
-            ours.insert("only-readonce-wrote".into(), description.only_readonce_wrote.into());
+            if let Some(only) = description.only_readonce_wrote {
+                ours.insert("only-readonce-wrote".into(), only.into());
+            }
         }
         Value::Object(ours)
     }
@@ -190,8 +192,11 @@ impl<'a> Facts<'a> {
             let _ = writeln!(out, "copy on read: {}", if description.copy_on_read { "on" } else { "off" });
             if let Some(pin) = &description.pin {
                 let _ = writeln!(out, "backing file version: {} ({} bytes)", validator(pin), pin.len);
-                let wrote =
-                    if description.only_readonce_wrote { "yes" } else { "no, another program wrote too" };
+                let wrote = match description.only_readonce_wrote {
+                    Some(true) => "yes",
+                    Some(false) => "no, another program wrote too",
+                    None => "cannot be told of this version of the format",
+                };
                 let _ = writeln!(out, "written by readonce only: {wrote}");
             }
         }

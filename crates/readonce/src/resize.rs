@@ -1,17 +1,31 @@
 //! `readonce resize`: makes an image larger.
+//!
+//! Where the backing is longer than the image was, the new part is made to read as zeros, as qemu-img does it: what the guest
+//! never saw must not appear. A crash in between leaves it to be seen.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
+use readonce_disk::{
+    BlockDevice, ZeroMode,
+    chain::{ChainOptions, CopyOnRead},
+};
 use readonce_format::driver::HeaderChange;
-
 use readonce_origin::Locator;
 use readonce_storage::{LocalFile, ReadAt, Storage, local::OpenMode, lock::Access};
 
 use crate::{
+    chain_args::{OriginArgs, PolicyArgs},
     failure::{Failure, Outcome},
     look::{self, Held},
-    options, stdout,
+    options,
+    report::ToldArgs,
+    session, stdout,
 };
+
+/// How long the end of hiding may take.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
+/// States that are looked at together.
+const EXTENTS_MAX: usize = 256;
 
 /// Make an image larger
 #[derive(Debug, clap::Args)]
@@ -26,6 +40,10 @@ pub struct Args {
     /// Print errors only
     #[arg(short = 'q', long)]
     quiet: bool,
+    #[command(flatten)]
+    policy: PolicyArgs,
+    #[command(flatten)]
+    origin: OriginArgs,
     /// File, and its new size
     #[arg(value_name = "IMAGE [+]SIZE", allow_negative_numbers = true)]
     words: Vec<String>,
@@ -55,10 +73,52 @@ pub async fn run(args: Args) -> Outcome {
         .change(&held.file, &HeaderChange::Size(size))
         .await
         .map_err(|error| Failure::new(error.to_string()))?;
+    if held.description.backing.is_some() && size > now {
+        let format = held.driver.name();
+        drop(held);
+        hide_backing(image, format, now, &args).await?;
+    }
     if !args.quiet {
         stdout::line("Image resized.");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Makes what the backing would show from `old_size` on read as zeros.
+async fn hide_backing(image: &str, format: &str, old_size: u64, args: &Args) -> Result<(), Failure> {
+    let failed = |cause: String| {
+        Failure::new(format!("the image was resized, but from {old_size} on its backing may show: {cause}"))
+    };
+    let locator = Locator::parse(image, None).map_err(|error| failed(error.to_string()))?;
+    let options = ChainOptions {
+        format: Some(format.to_owned()),
+        copy_on_read: CopyOnRead::Off,
+        allow_backing: args.policy.allow(),
+        no_backing_files: args.policy.no_backing_files,
+        origin: args.origin.options(&[&locator])?,
+        ..ChainOptions::default()
+    };
+    let told = ToldArgs { quiet: args.quiet, verbose: 0 };
+    let chain =
+        session::open(image, options, told.warnings()).await.map_err(|failure| failed(failure.text))?;
+    let disk = chain.disk.clone();
+    let hidden = async {
+        // The backing, if it is needed at all, must be there to tell where it ends.
+        disk.read(old_size, 1).await?;
+        let mut at = old_size;
+        while at < disk.size() {
+            for extent in disk.status(at, disk.size() - at, EXTENTS_MAX).await? {
+                if extent.depth > 1 {
+                    disk.write_zeroes(at, extent.len, ZeroMode::default()).await?;
+                }
+                at += extent.len;
+            }
+        }
+        disk.flush().await
+    };
+    hidden.await.map_err(|error| failed(error.to_string()))?;
+    drop(disk);
+    chain.close(CLOSE_TIMEOUT).await.map_err(|error| failed(error.to_string()))
 }
 
 /// A data file is to be as long as the disk. Before the header says so: a longer one does no harm.

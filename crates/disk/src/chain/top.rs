@@ -153,7 +153,7 @@ impl Opening {
         let readable: Arc<dyn ReadAt> = file.clone();
         let mut description = driver.describe(&readable).await.map_err(|error| self.failed(error))?;
         let storage: Arc<dyn Storage> = file;
-        if description.pin.is_some() && !description.only_readonce_wrote {
+        if description.pin.is_some() && description.only_readonce_wrote == Some(false) {
             self.shared.warn(format!(
                 "{}: another program wrote this image since its backing was pinned; whether it read the same version cannot \
                  be told",

@@ -40,7 +40,7 @@ async fn an_image_of_qemu_img_is_pinned_at_its_first_open_for_writing() {
     opened.close().await;
     let described = place.describe("top.qed").await;
     assert_eq!(described.pin.map(|pin| pin.len), Some(1 << 20));
-    assert!(described.only_readonce_wrote && !described.dirty);
+    assert!(described.only_readonce_wrote == Some(true) && !described.dirty);
     let mut guest = base.to_vec();
     guest[5000..10_000].fill(0x5a);
     qemu::check(&place.path("top.qed"));

@@ -160,7 +160,7 @@ impl Head {
 }
 
 /// The name that a header stores for a backing: the whole one, or where that is too long a URL's without its query, which names
-/// at least the same object.
+/// at least the same object; where that is too long as well its beginning, which leads QEMU nowhere.
 fn stored_name(name: &str) -> Result<&str, FormatError> {
     if name.is_empty() || name.contains('\0') {
         return Err(FormatError::Invalid(
@@ -170,19 +170,15 @@ fn stored_name(name: &str) -> Result<&str, FormatError> {
     if bytes(name.len()) <= STORED_NAME_BYTES_MAX {
         return Ok(name);
     }
-    let shorter = name.contains("://").then(|| name.split(['?', '#']).next().unwrap_or_default());
-    match shorter {
-        Some(shorter)
-            if bytes(shorter.len()) <= STORED_NAME_BYTES_MAX && bytes(name.len()) <= WHOLE_NAME_BYTES_MAX =>
-        {
-            Ok(shorter)
-        }
-        _ => Err(FormatError::Invalid(format!(
-            "the backing file name is {} bytes long, at most {STORED_NAME_BYTES_MAX} fit, or {WHOLE_NAME_BYTES_MAX} of a URL \
-             that is not longer than that without its query",
+    if !name.contains("://") || bytes(name.len()) > WHOLE_NAME_BYTES_MAX {
+        return Err(FormatError::Invalid(format!(
+            "the backing file name is {} bytes long, at most {STORED_NAME_BYTES_MAX} fit, or {WHOLE_NAME_BYTES_MAX} of a URL",
             name.len()
-        ))),
+        )));
     }
+    let shorter = name.split(['?', '#']).next().unwrap_or_default();
+    let end = shorter.floor_char_boundary(index(STORED_NAME_BYTES_MAX));
+    Ok(shorter.get(..end).unwrap_or(shorter))
 }
 
 /// `len` rounded up to whole sectors.

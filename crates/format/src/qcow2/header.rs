@@ -340,6 +340,12 @@ impl Header {
             let name =
                 name.ok_or_else(|| FormatError::Invalid("'data-file' is required for this image".into()))?;
             Some(DataFile { name, raw: fields.autoclear_features & AUTOCLEAR_DATA_FILE_RAW != 0 })
+        } else if fields.autoclear_features & AUTOCLEAR_DATA_FILE_RAW != 0 {
+            return Err(FormatError::corrupt(
+                "autoclear_features",
+                format!("{:#x}", fields.autoclear_features),
+                "must not have the bit for raw external data without a data file",
+            ));
         } else {
             None
         };
@@ -384,9 +390,9 @@ impl Header {
         self.mark_at.is_some()
     }
 
-    /// Whether only readonce wrote since the pin was set.
-    pub(super) fn only_readonce_wrote(&self) -> bool {
-        self.fields.autoclear_features & AUTOCLEAR_ONLY_READONCE != 0
+    /// Whether only readonce wrote since the pin was set. Version 2 has no autoclear bits, and cannot tell.
+    pub(super) fn only_readonce_wrote(&self) -> Option<bool> {
+        (self.fields.version >= 3).then_some(self.fields.autoclear_features & AUTOCLEAR_ONLY_READONCE != 0)
     }
 
     /// Changes fields, here and in the sector that is to be written. Of an image of version 2 only those change that it has.
@@ -476,6 +482,10 @@ fn check_cluster(fields: &Fields) -> Result<(), FormatError> {
 /// Where the backing name ends; 0 without one. QEMU takes an empty name for no backing.
 fn check_name(fields: &Fields, cluster_size: u64) -> Result<u64, FormatError> {
     let (offset, size) = (fields.backing_file_offset, u64::from(fields.backing_file_size));
+    if size == 0 && offset > cluster_size {
+        let limit = format!("must lie in the first cluster, {cluster_size} bytes");
+        return Err(FormatError::corrupt("backing_file_offset", offset, limit));
+    }
     if offset == 0 || size == 0 {
         return Ok(0);
     }
@@ -560,8 +570,8 @@ fn check(fields: &Fields, file_len: u64) -> Result<Layout, FormatError> {
         if fields.snapshots_offset == 0 {
             return Err(FormatError::corrupt("snapshots_offset", 0, "must not be 0"));
         }
-        check_table_offset("snapshots_offset", fields.snapshots_offset, 0, cluster_size)?;
     }
+    check_table_offset("snapshots_offset", fields.snapshots_offset, 0, cluster_size)?;
     Ok(layout)
 }
 

@@ -131,10 +131,11 @@ impl Mark {
         Ok(())
     }
 
-    /// Clears autoclear bits. What the guest wrote in place is not known here, but it is flushed.
-    pub(super) async fn clear_autoclear(&self) -> Result<(), FormatError> {
+    /// Clears autoclear bits that are not kept true.
+    /// Says whether there was something to clear.
+    pub(super) async fn clear_autoclear(&self) -> Result<bool, FormatError> {
         if !self.state.lock().autoclear {
-            return Ok(());
+            return Ok(false);
         }
         let mut header = self.header.lock().await;
         let before = header.clone();
@@ -145,7 +146,7 @@ impl Mark {
             return Err(error);
         }
         self.state.lock().autoclear = false;
-        Ok(())
+        Ok(true)
     }
 
     /// Makes the header name another refcount table.

@@ -111,6 +111,10 @@ impl Writer {
             space.refs.track(open_end);
         }
         let mark = Arc::new(Mark::new(file.clone(), header));
+        // Now and durably: of what a guest writes in place nobody here is told, and any of it may reach the disk.
+        if mark.clear_autoclear().await? {
+            file.sync().await?;
+        }
         let flusher = Flusher {
             file: file.clone(),
             data: data.clone(),

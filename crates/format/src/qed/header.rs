@@ -160,7 +160,7 @@ impl Header {
             backing: self.backing.clone(),
             copy_on_read: fields.compat_features.get() & COMPAT_COPY_ON_READ != 0,
             pin: self.pin.clone(),
-            only_readonce_wrote: fields.autoclear_features.get() & AUTOCLEAR_ONLY_READONCE != 0,
+            only_readonce_wrote: Some(fields.autoclear_features.get() & AUTOCLEAR_ONLY_READONCE != 0),
             dirty: self.need_check(),
             in_use: false,
             header_bytes_max: self.bytes_free(),

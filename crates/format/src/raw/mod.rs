@@ -158,7 +158,7 @@ impl Driver for Raw {
                 backing: None,
                 copy_on_read: false,
                 pin: None,
-                only_readonce_wrote: false,
+                only_readonce_wrote: None,
                 dirty: false,
                 in_use: false,
                 header_bytes_max: 0,

@@ -11,7 +11,9 @@ use readonce_storage::{
     sim::{Fault, Lasts},
 };
 
-use crate::support::{BACKING_BYTES, Folder, be, change, create, create_with_data, describe, ok, spec, tool};
+use crate::support::{
+    BACKING_BYTES, Folder, be, block_on, change, create, create_with_data, describe, ok, qcow2, spec, tool,
+};
 
 fn backing(name: &str) -> BackingRef {
     BackingRef { name: name.to_owned(), format: Some("raw".into()) }
@@ -55,7 +57,11 @@ fn qemu_reads_what_was_changed() {
             assert_eq!(says(&file), (Some(backing("backing.raw")), None, true, BACKING_BYTES), "{context}");
             change(&file, &HeaderChange::Pin(pin("first"))).unwrap();
             assert_eq!(says(&file).1, Some(pin("first")), "{context}");
-            assert_eq!(describe(&file).unwrap().only_readonce_wrote, options != "compat=v2", "{context}");
+            assert_eq!(
+                describe(&file).unwrap().only_readonce_wrote,
+                (options != "compat=v2").then_some(true),
+                "{context}"
+            );
             folder.save("image", &file);
             assert_eq!(folder.info("image"), before, "{context}");
             folder.is_clean("image", &context);
@@ -66,7 +72,7 @@ fn qemu_reads_what_was_changed() {
             change(&file, &HeaderChange::CopyOnRead(false)).unwrap();
             change(&file, &HeaderChange::Backing(Some(backing("backing.raw")), None)).unwrap();
             assert_eq!(says(&file), (Some(backing("backing.raw")), None, false, BACKING_BYTES), "{context}");
-            assert!(!describe(&file).unwrap().only_readonce_wrote, "{context}");
+            assert_ne!(describe(&file).unwrap().only_readonce_wrote, Some(true), "{context}");
             folder.save("image", &file);
             assert_eq!(folder.info("image"), before, "{context}");
             ok("qemu-io", &["-f", "qcow2", "-c", "read -P 9 1M 70000", &path]);
@@ -291,6 +297,25 @@ fn bitmaps_of_a_grown_image_are_stale() {
     folder.save("image", &file);
     // QEMU warns, and opens it.
     ok("qemu-io", &["-f", "qcow2", "-c", "write -P 1 1M 64k", &path]);
+}
+
+#[test]
+fn bitmaps_are_stale_before_a_guest_can_write_in_place() {
+    let folder = Folder::new();
+    folder.qemu_create("image", "", false, "1M").unwrap();
+    ok("qemu-img", &["bitmap", "--add", &folder.text("image"), "bitmap"]);
+    let file = folder.load("image");
+    assert_eq!(be(&file.contents()[88..96]) & 1, 1);
+    block_on(async {
+        drop(
+            qcow2()
+                .open_writable(file.clone(), None, readonce_storage::TokioRuntime::current())
+                .await
+                .unwrap(),
+        );
+    });
+    // Whatever a crash keeps of what is not synced.
+    assert_eq!(be(&file.crash_with(|_| false).contents()[88..96]) & 1, 0);
 }
 
 fn refused(file: &Arc<SimFile>, step: &HeaderChange, expect: &str) {

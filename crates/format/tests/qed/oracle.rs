@@ -249,14 +249,14 @@ fn what_qemu_img_says_of_our_image() {
             let ours = qed().describe(&reader).await.unwrap();
             assert_eq!(ours.pin, spec.pin);
             assert_eq!(ours.backing, spec.backing);
-            assert!(ours.copy_on_read && ours.only_readonce_wrote && !ours.dirty);
+            assert!(ours.copy_on_read && ours.only_readonce_wrote == Some(true) && !ours.dirty);
 
             // What QEMU writes takes away the word that only readonce wrote, and nothing else.
             if name == "backing.raw" {
                 ok("qemu-io", &["-f", "qed", "-c", "write -P 1 0 512", text(&folder.image())]);
                 let reader: Arc<dyn ReadAt> = folder.load();
                 let ours = qed().describe(&reader).await.unwrap();
-                assert!(ours.copy_on_read && !ours.only_readonce_wrote);
+                assert!(ours.copy_on_read && ours.only_readonce_wrote == Some(false));
                 assert_eq!(ours.pin, spec.pin);
                 spec.size = 0;
                 qed().create(&storage, None, &spec).await.unwrap();
@@ -308,7 +308,7 @@ fn changes_are_seen_by_qemu_img() {
         change(HeaderChange::Size(7 << 20)).await.unwrap();
         change(HeaderChange::Pin(pin.clone())).await.unwrap();
         let said = qed().describe(&reader).await.unwrap();
-        assert!(said.copy_on_read && said.only_readonce_wrote);
+        assert!(said.copy_on_read && said.only_readonce_wrote == Some(true));
         assert_eq!((said.virtual_size, &said.pin), (7 << 20, &Some(pin.clone())));
         let free = 65536 - 64 - 11 - 40 - 5;
         assert_eq!(said.header_bytes_max, free);

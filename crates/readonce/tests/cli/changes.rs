@@ -64,6 +64,38 @@ fn resize(format: &str, size_max_told: &str) {
 }
 
 /// Reads the first cluster, so that it is local.
+#[test]
+fn resize_shows_nothing_of_a_longer_backing() {
+    for (format, options) in [
+        ("qed", "copy_on_read=off"),
+        ("qcow2", "compat=1.1"),
+        ("qcow2", "extended_l2=on"),
+        ("qcow2", "compat=0.10"),
+    ] {
+        let folder = folder();
+        let at = folder.path();
+        std::fs::write(at.join("base.raw"), vec![7; 20 << 20]).expect("room");
+        readonce(
+            at,
+            &["create", "-q", "-f", format, "-o", options, "-b", "base.raw", "-F", "raw", "c.img", "5000k"],
+        )
+        .ok();
+        readonce(at, &["resize", "c.img", "30M"]).ok();
+        let reads = [
+            "-c",
+            "read -P 7 0 5000k",
+            "-c",
+            "read -P 0 5000k 10M",
+            "-c",
+            "read -P 0 15000k 15720k",
+            "c.img",
+        ];
+        readonce(at, &[&["io"][..], &reads].concat()).ok();
+        qemu_io(at, &reads).ok();
+        qemu_img(at, &["check", "-f", format, "c.img"]).ok();
+    }
+}
+
 fn fill(folder: &Path, image: &str) {
     readonce(folder, &["io", "-c", "read 0 64k", image]).ok();
     let map = readonce(folder, &["io", "-c", "map", image]).ok().out;
