@@ -1,7 +1,8 @@
 //! A file on a disk that fails when it is told to, and that loses what was not synced: a FUSE file system of one file, in memory.
 //!
 //! - It is mounted over the file itself, so there are no names and no folders in it.
-//! - Each sector written since the last sync keeps all its versions. A power cut leaves any one of them.
+//! - Each sector written since the last sync keeps all its versions. A power cut leaves any one of them. It can come just when a
+//!   sync is asked for: then most is at stake, and a kill at some moment hardly ever meets that.
 //! - A sync that fails is Linux's: it tells once, and what it could not write is clean from then on, and never written.
 //!
 //! Linux asks for what its page cache does not hold and hands every write through at once. Mounting needs root.
@@ -48,6 +49,8 @@ pub struct Faults {
 
 struct Shared {
     faults: Faults,
+    /// Syncs that are still done before the power goes.
+    syncs_left: AtomicU64,
     /// Syncs that were asked for.
     syncs: AtomicU64,
     bytes: Mutex<Bytes>,
@@ -89,7 +92,12 @@ impl FaultyDisk {
             return None;
         }
         let bytes = Mutex::new(Bytes { now, unsynced: BTreeMap::new(), lost: BTreeMap::new() });
-        let shared = Arc::new(Shared { faults: Faults::default(), syncs: AtomicU64::new(0), bytes });
+        let shared = Arc::new(Shared {
+            faults: Faults::default(),
+            syncs_left: AtomicU64::new(u64::MAX),
+            syncs: AtomicU64::new(0),
+            bytes,
+        });
         std::thread::spawn({
             let shared = Arc::clone(&shared);
             move || serve(device, &shared)
@@ -107,10 +115,17 @@ impl FaultyDisk {
         self.shared.syncs.load(Ordering::Relaxed)
     }
 
+    /// Does `count` more syncs. From then on no write and no sync reaches it, until [`FaultyDisk::cut`]; it still reads.
+    pub fn lose_power_after_syncs(&self, count: u64) {
+        self.shared.syncs_left.store(count, Ordering::Relaxed);
+    }
+
     /// Cuts its power: of each sector that was not synced one version stays, drawn from `seed`. Nobody may have it open.
     pub fn cut(&self, seed: u64) {
         let mut random = SmallRng::seed_from_u64(seed);
         let mut bytes = self.shared.bytes();
+        self.shared.syncs_left.store(u64::MAX, Ordering::Relaxed);
+        self.shared.faults.writes.store(false, Ordering::Relaxed);
         let Bytes { now, unsynced, lost } = &mut *bytes;
         // All kept, all lost, or a mix.
         let kept_percent = [0, 100, random.random_range(0..100)][random.random_range(0..3)];
@@ -274,6 +289,13 @@ fn answer(shared: &Shared, opcode: u32, body: &[u8]) -> Result<Vec<u8>, i32> {
         }
         opcode::FSYNC => {
             shared.syncs.fetch_add(1, Ordering::Relaxed);
+            let left = shared.syncs_left.load(Ordering::Relaxed);
+            if left == 0 {
+                // What was written before stays at stake, and nothing is added to it.
+                faults.writes.store(true, Ordering::Relaxed);
+                return Err(libc::EIO);
+            }
+            shared.syncs_left.store(left - 1, Ordering::Relaxed);
             if let Err(errno) = told(&faults.syncs, libc::EIO) {
                 bytes.sync_fails();
                 return Err(errno);
