@@ -566,10 +566,8 @@ fn check(fields: &Fields, file_len: u64) -> Result<Layout, FormatError> {
             format!("must be at most {SNAPSHOTS_MAX}"),
         ));
     }
-    if fields.nb_snapshots > 0 {
-        if fields.snapshots_offset == 0 {
-            return Err(FormatError::corrupt("snapshots_offset", 0, "must not be 0"));
-        }
+    if fields.nb_snapshots > 0 && fields.snapshots_offset == 0 {
+        return Err(FormatError::corrupt("snapshots_offset", 0, "must not be 0"));
     }
     check_table_offset("snapshots_offset", fields.snapshots_offset, 0, cluster_size)?;
     Ok(layout)
