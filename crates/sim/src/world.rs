@@ -251,7 +251,9 @@ impl World {
             pin => pin.expect("the pin is kept"),
         };
         assert!(
-            self.pin_may_be_lost || description.only_readonce_wrote != Some(false) || !layout.is_pinned_for_good(),
+            self.pin_may_be_lost
+                || description.only_readonce_wrote != Some(false)
+                || !layout.is_pinned_for_good(),
             "nobody else wrote"
         );
         let version = Version::decode(&pin.validator, pin.len).expect("we encoded it");
