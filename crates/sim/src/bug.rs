@@ -126,7 +126,7 @@ impl Liar {
             }
             (Bug::StaleL2Cache, _) => {
                 let mut seen = self.seen.lock();
-                if self.calls.fetch_add(1, Ordering::Relaxed) % 16 == 0
+                if self.calls.fetch_add(1, Ordering::Relaxed).is_multiple_of(16)
                     && let Some(old) = seen.get(&offset)
                 {
                     return Extent { len: old.len.min(len_max), ..*old };

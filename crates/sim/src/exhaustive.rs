@@ -355,8 +355,7 @@ fn perform(world: &Arc<World>, disks: &Disks, model: Model, act: &Act, kept: Opt
         }
     }
     exec.power_off();
-    let model = shared.lock().model.clone();
-    model
+    shared.lock().model.clone()
 }
 
 fn look(
@@ -371,6 +370,5 @@ fn look(
     let shared = Arc::new(Mutex::new(shared));
     counts.states += 1;
     judge(world, disks, &shared, Look { seed: counts.states, leaks, qemu: Qemu::Leave, may_have });
-    let model = shared.lock().model.clone();
-    model
+    shared.lock().model.clone()
 }

@@ -8,7 +8,7 @@ use readonce_sim::{
 };
 
 /// Seeds that a test of every day runs; a failing one is named, with the command that cuts it down.
-const SEEDS: u64 = 200;
+const SEEDS: u64 = 60;
 
 fn one(seed: u64, formats: Formats) -> Outcome {
     let plan = Plan::draw(seed, formats, 0);
@@ -30,7 +30,7 @@ fn seeds_keep_the_promises() {
 
 #[test]
 fn the_same_seed_is_the_same_run() {
-    for seed in 0..40 {
+    for seed in 0..10 {
         assert_eq!(one(seed, Formats::All).digest, one(seed, Formats::All).digest, "seed {seed}");
     }
     assert_ne!(one(1, Formats::All).digest, one(2, Formats::All).digest);
