@@ -1,8 +1,8 @@
 //! Exhaustive: short scripts, and a power loss at every operation of the disk, with every subset of what was not synced.
 //!
 //! - The machine dies at the first operation, at the second, and so on, until the script ends first.
-//! - Up to [`SUBSETS_OF_MAX`] unsynced operations, each subset of them is what the disk kept. Beyond, every prefix, every single
-//!   one kept and every single one lost, and [`DRAWN`] drawn subsets.
+//! - Up to `SUBSETS_OF_MAX` unsynced operations, each subset of them is what the disk kept. Beyond, every prefix, every single
+//!   one kept and every single one lost, and `DRAWN` drawn subsets.
 //! - Each such disk is checked and read back in whole.
 //!
 //! Not here: torn operations; the seeded runs have them.

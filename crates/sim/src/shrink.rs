@@ -2,7 +2,7 @@
 //!
 //! - Elements are left out in ever smaller pieces, as long as what is left fails at the same place; other schedules are tried too,
 //!   because fewer requests are another schedule anyway.
-//! - It ends after [`SHRINK_TIME_MAX`]; what it has then still fails.
+//! - It ends after `SHRINK_TIME_MAX`; what it has then still fails.
 
 use std::{
     collections::BTreeSet,
