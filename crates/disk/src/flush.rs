@@ -92,7 +92,8 @@ impl Image {
         if uses.take_torn()
             && let Err(error) = self.file.sync().await
         {
-            tracing::warn!("what was unlinked is not used again: {}", self.failed(error));
+            let error = self.failed(error);
+            tracing::warn!("what was unlinked is not used again: {error}");
             return;
         }
         unlinked.into_iter().for_each(Unlinked::reuse);
@@ -148,7 +149,8 @@ impl Image {
                 return;
             }
             if let Err(error) = self.mapper.settle().await {
-                tracing::warn!("the dirty mark stays: {}", self.failed(error));
+                let error = self.failed(error);
+                tracing::warn!("the dirty mark stays: {error}");
             }
         }
     }
@@ -160,7 +162,8 @@ impl Image {
         }
         self.rounds.group_full.store(false, Ordering::Release);
         if let Err(error) = self.mapper.flush(Durability::Linked).await {
-            tracing::warn!("fills not linked: {}", self.failed(error));
+            let error = self.failed(error);
+            tracing::warn!("fills not linked: {error}");
             return;
         }
         self.start_reuse();
@@ -210,6 +213,7 @@ impl Image {
         self.check_latch()?;
         // What the last round unlinked is free before the format closes.
         self.reuse(std::iter::from_fn(|| self.mapper.take_unlinked()).collect()).await;
+        self.check_latch()?;
         if unsaved.is_empty() {
             return self.mapper.close().await.map_err(|error| self.failed(error));
         }
