@@ -23,10 +23,6 @@ impl Image {
         let image = self.shared();
         self.rt.spawn(Box::pin(async move {
             let error = image.run_fetch(&fetch, class).await.err();
-            if let Some(error) = &error {
-                // Whoever waited for it gets EIO, which tells nothing.
-                tracing::error!("{error}");
-            }
             image.table().fetch_ended(&fetch, error);
         }));
     }

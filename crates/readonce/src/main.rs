@@ -2,7 +2,7 @@
 //!
 //! - One module for each command: its flags, its sentences, its exit status.
 //! - Shared: `failure` (how a command ends badly), `options` (`-o`, sizes), `chain_args` (flags that open a chain), `look`
-//!   (opening one to look at it), `session` (opening one to use it), `new_image`, `human`, `json`, `stdout`, `report`, `progress`.
+//!   (opening one to look at it), `session` (opening one to use it), `sandbox`, `new_image`, `human`, `json`, `stdout`, `report`, `progress`.
 //!
 //! Flags, sentences, JSON fields and exit codes are those of qemu-img, qemu-io and qemu-nbd where they have the thing. Not
 //! here: what the commands do, which is in the rooms below.
@@ -32,6 +32,7 @@ mod rebase;
 mod report;
 mod resize;
 mod run;
+mod sandbox;
 mod serve;
 mod session;
 mod signals;
@@ -114,12 +115,24 @@ impl Command {
 }
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let mut cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return failure::usage(&error),
     };
     cli.command.prepare();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    // Asked now: the sandbox does not see the limits of cgroups.
+    if std::env::var_os("TOKIO_WORKER_THREADS").is_none()
+        && let Ok(count) = std::thread::available_parallelism()
+    {
+        builder.worker_threads(count.get());
+    }
+    if let Command::Serve(args) = &mut cli.command
+        && let Err(failure) = args.confine()
+    {
+        return failure.tell();
+    }
+    let runtime = match builder.enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return Failure::new(format!("cannot start: {error}")).tell(),
     };

@@ -1,6 +1,7 @@
-//! `readonce serve`: an image as an NBD export, until SIGTERM or SIGINT.
+//! `readonce serve`: an image as an NBD export, until SIGTERM or SIGINT. In a sandbox, which is put on before there are threads.
 
 use std::{
+    fs::File,
     io::Write,
     net::{IpAddr, ToSocketAddrs},
     path::{Path, PathBuf},
@@ -14,6 +15,7 @@ use crate::{
     chain_args::UseArgs,
     failure::{Failure, Outcome},
     report::{self, ToldArgs},
+    sandbox::{self, May, Place},
     session::{self, EndArgs, Session},
     signals::{Signals, end_at_the_next, until_signal},
 };
@@ -43,6 +45,9 @@ pub struct Args {
     /// Write the process number to this file; it is removed at the end
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
+    /// Keep all rights of the user: without it, only files of the chain can be opened, and nothing can be run (see -v)
+    #[arg(long)]
+    no_sandbox: bool,
     #[command(flatten)]
     end: EndArgs,
     #[command(flatten)]
@@ -50,6 +55,42 @@ pub struct Args {
     /// File or URL
     #[arg(value_name = "IMAGE")]
     image: Option<String>,
+    #[arg(skip)]
+    open_pid_file: Option<PidFile>,
+}
+
+impl Args {
+    /// Gives up what is not needed from here on. Before any thread is started: the sandbox is of those that come after it.
+    pub fn confine(&mut self) -> Result<(), Failure> {
+        self.open_pid_file = self.pid_file.as_deref().map(PidFile::open).transpose()?;
+        if self.no_sandbox {
+            tracing::info!("no sandbox (--no-sandbox)");
+            return Ok(());
+        }
+        let mut chain = self.chain.clone();
+        // What is wrong with the arguments is told by `run`, and then nothing is served.
+        let Ok(image) = chain.take_drive("serve", self.image.clone()) else { return Ok(()) };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .map_err(|error| Failure::new(format!("cannot start: {error}")))?;
+        let walk = sandbox::of_chain(&image, chain.format.as_deref(), &chain.policy.allow_backing);
+        let mut places = runtime.block_on(walk);
+        // Its threads end with it.
+        drop(runtime);
+        places.extend(sandbox::of_system());
+        places.extend(self.socket.as_deref().map(|path| Place::new(folder_of(path), May::KeepSocket)));
+        places.extend(self.pid_file.as_deref().map(|path| Place::new(folder_of(path), May::Remove)));
+        // Not among the line's arguments: they are put together for a listener alone.
+        let in_force = sandbox::enter(&places);
+        tracing::info!("sandbox: {in_force}");
+        Ok(())
+    }
+}
+
+/// The folder that holds what is at `path`.
+fn folder_of(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    path.parent().unwrap_or(Path::new("/")).to_owned()
 }
 
 /// Runs it.
@@ -61,10 +102,10 @@ pub async fn run(mut args: Args) -> Outcome {
     let mut signals = Signals::catch()?;
     // First, so that a socket in use is told before the image is touched.
     let listener = listen(&args).await?;
-    let pid_file = match &args.pid_file {
-        Some(path) => Some(PidFile::write(path)?),
-        None => None,
-    };
+    let mut pid_file = args.open_pid_file.take();
+    if let Some(file) = &mut pid_file {
+        file.write()?;
+    }
     let options = args.chain.chain_options(&image)?;
     args.chain.warn_of_unused(&image, args.chain.format.as_deref()).await;
     let chain = until_signal(&mut signals, session::open(&image, options, args.told.reporter())).await?;
@@ -109,24 +150,45 @@ fn resolve(name: &str) -> Result<IpAddr, Failure> {
     addresses.next().map(|address| address.ip()).ok_or_else(|| failed("no address".to_owned()))
 }
 
-/// A file that holds our process number for as long as this lives.
-struct PidFile<'a>(&'a Path);
+/// A file that holds our process number from `write` on, for as long as this lives.
+#[derive(Debug)]
+struct PidFile {
+    path: PathBuf,
+    file: File,
+    is_ours: bool,
+}
 
-impl<'a> PidFile<'a> {
-    fn write(path: &'a Path) -> Result<Self, Failure> {
-        std::fs::write(path, format!("{}\n", std::process::id())).map_err(|error| {
-            Failure::new(format!(
-                "Could not write '{}': {}",
-                path.display(),
-                crate::look::without_number(&error)
-            ))
-        })?;
-        Ok(Self(path))
+impl PidFile {
+    /// Opens it. What another process wrote there stays: it may be the one that has our socket.
+    fn open(path: &Path) -> Result<Self, Failure> {
+        let mut options = File::options();
+        options.write(true);
+        let opened = match options.clone().create_new(true).open(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                options.open(path).map(|file| (file, false))
+            }
+            opened => opened.map(|file| (file, true)),
+        };
+        let (file, is_ours) = opened.map_err(|error| not_written(path, &error))?;
+        Ok(Self { path: path.to_owned(), file, is_ours })
+    }
+
+    fn write(&mut self) -> Result<(), Failure> {
+        self.is_ours = true;
+        // A pipe or a terminal has no length.
+        let _ = self.file.set_len(0);
+        writeln!(self.file, "{}", std::process::id()).map_err(|error| not_written(&self.path, &error))
     }
 }
 
-impl Drop for PidFile<'_> {
+impl Drop for PidFile {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(self.0);
+        if self.is_ours {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
+}
+
+fn not_written(path: &Path, error: &std::io::Error) -> Failure {
+    Failure::new(format!("Could not write '{}': {}", path.display(), crate::look::without_number(error)))
 }

@@ -49,6 +49,8 @@ const INLINE_LEN_MAX: usize = 1 << 20;
 const BATCH_REQUESTS_MAX: usize = 64;
 /// Bytes of payload of a refused request that are read and thrown away; with more, the connection ends.
 const DISCARD_LEN_MAX: u64 = 64 << 20;
+/// Failures of one client that are told, each once while it repeats itself.
+const TOLD_MAX: u32 = 32;
 /// Bytes of payload of a block status request: more than all contexts need.
 const STATUS_PAYLOAD_LEN_MAX: u64 = 8 + 4 * 64;
 
@@ -95,6 +97,8 @@ pub(super) struct Connection<S> {
     closing: Option<End>,
     drain: Option<Pin<Box<Sleep>>>,
     scratch: Vec<Completion>,
+    /// Failures told so far, and the last of them.
+    told: (u32, String),
 }
 
 struct Discard {
@@ -128,6 +132,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             closing: None,
             drain: None,
             scratch: Vec::new(),
+            told: (0, String::new()),
         }
     }
 
@@ -425,6 +430,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     fn fail(&mut self, cookie: u64, offset: u64, errno: Errno, text: &str) {
         tracing::debug!(cookie, offset, ?errno, text, "request failed");
+        // The client's user is told a number alone. A client that fails on purpose is to fill no log.
+        let is_ours = matches!(errno, Errno::Io | Errno::NoSpace);
+        if is_ours && self.told.0 < TOLD_MAX && self.told.1 != text {
+            self.told = (self.told.0 + 1, text.to_owned());
+            tracing::error!("{text}");
+        }
         let outbox = &mut self.outbox;
         self.setup.headers.error(cookie, offset, errno.number(), text, &mut |bytes| outbox.push(bytes));
     }

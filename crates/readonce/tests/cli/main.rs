@@ -1,7 +1,8 @@
 //! The command line as a person and a script meet it: the binary itself, qemu-img, qemu-io and NBD clients beside it.
 //!
 //! - `common`: running things. `images`: create, info, map, check, against qemu-img. `changes`: amend, rebase, resize.
-//!   `snapshots`: against qemu-img. `refusals`: bad input. `io`: against qemu-io. `serve`, `run`: with clients. `demo`.
+//!   `snapshots`: against qemu-img. `refusals`: bad input. `io`: against qemu-io. `serve`, `run`: with clients. `sandbox`:
+//!   what `serve` cannot do any more. `demo`.
 
 #![allow(clippy::disallowed_methods, reason = "tests outside the engine: real processes, real time")]
 
@@ -12,5 +13,6 @@ mod images;
 mod io;
 mod refusals;
 mod run;
+mod sandbox;
 mod serve;
 mod snapshots;
