@@ -232,10 +232,7 @@ fn scripts(layout: &Layout) -> Vec<Script> {
 
 impl Script {
     fn run(&self) -> Counts {
-        let mut world = World::new(self.shape.clone(), None);
-        // The record of the pin names the backing that it belongs to, and lies apart from the name.
-        world.pin_may_be_lost = matches!(self.act, Act::Change(Wanted::Name(_)));
-        let world = Arc::new(world);
+        let world = Arc::new(World::new(self.shape.clone(), None));
         let disks = Disks::new(&self.shape);
         let exec = Exec::new(1);
         let stamps = {

@@ -48,8 +48,6 @@ pub struct World {
     /// The version that images pin.
     version: Version,
     bug: Option<Bug>,
-    /// A pin may be lost: the power went while the name that it belongs to was changed.
-    pub pin_may_be_lost: bool,
 }
 
 /// Images open for writing.
@@ -106,7 +104,7 @@ impl World {
         }
         let version =
             Version { validator: Validator::StrongETag("\"first\"".into()), len: bytes.len() as u64 };
-        Self { shape, served: Served { bytes, changed }, version, bug, pin_may_be_lost: false }
+        Self { shape, served: Served { bytes, changed }, version, bug }
     }
 
     /// The server, with another state in each session.
@@ -246,14 +244,9 @@ impl World {
     ) -> Result<Arc<dyn Source>, FormatError> {
         let description = layout.describe(&(file.clone() as Arc<dyn Storage>)).await?;
         let backing = description.backing.expect("it was made with one");
-        let pin = match description.pin {
-            None if self.pin_may_be_lost => self.pin(),
-            pin => pin.expect("the pin is kept"),
-        };
+        let pin = description.pin.expect("the pin is kept");
         assert!(
-            self.pin_may_be_lost
-                || description.only_readonce_wrote != Some(false)
-                || !layout.is_pinned_for_good(),
+            description.only_readonce_wrote != Some(false) || !layout.is_pinned_for_good(),
             "nobody else wrote"
         );
         let version = Version::decode(&pin.validator, pin.len).expect("we encoded it");

@@ -1,10 +1,9 @@
 //! Changes of the header, on an image that nobody has open for writing.
 //!
-//! - What a header points to is durable before the header that points to it: name outside the first sector and record are
-//!   written and synced, then the first sector, which a disk writes whole or not at all. A short name lies in that
-//!   sector itself.
-//! - A crash in between leaves the old header. If the record already carries the new name's hash, the image then has no pin;
-//!   it never has a wrong one.
+//! - The first sector, which a disk writes whole or not at all, says where the backing name and the pin's record lie. New ones are put
+//!   where they touch neither the old name nor the old record, but for what of them lies in that sector itself; they are durable
+//!   before it is written. A crash leaves the old name with the old pin or the new name with the new pin.
+//! - Where there is no such place, nothing is changed.
 //! - Autoclear bits that are not ours are cleared, since this is a write.
 //!
 //! Not here: a header area that grows. Where the name and the record do not fit, the error names the limit.
@@ -18,7 +17,7 @@ use zerocopy::IntoBytes;
 use super::{
     create::{check_name, copy_on_read_needs_backing},
     header::{
-        AUTOCLEAR_ONLY_READONCE, COMPAT_COPY_ON_READ, COMPAT_PIN, FEATURE_BACKING_FILE,
+        AUTOCLEAR_ONLY_READONCE, COMPAT_COPY_ON_READ, COMPAT_PIN, COMPAT_PIN_AT_NAME, FEATURE_BACKING_FILE,
         FEATURE_BACKING_NO_PROBE, HEADER_BYTES, Header, HeaderSector,
     },
     layout::{SECTOR_BYTES, image_size_max},
@@ -92,7 +91,7 @@ async fn rewrite_backing(
     let mut sector = header.sector;
     let fields = &mut sector.fields;
     let mut features = fields.features.get() & !(FEATURE_BACKING_FILE | FEATURE_BACKING_NO_PROBE);
-    let mut compat = fields.compat_features.get() & !COMPAT_PIN;
+    let mut compat = fields.compat_features.get() & !(COMPAT_PIN | COMPAT_PIN_AT_NAME);
     let Some(backing) = backing else {
         if pin.is_some() {
             return Err(FormatError::Invalid("a version can be pinned only with a backing file".into()));
@@ -117,7 +116,13 @@ async fn rewrite_backing(
             header.layout.header_bytes
         )));
     }
-    let name_at = place_name(&header, &backing.name, bytes(record.len()));
+    let place = place(&header, &backing.name, bytes(record.len())).ok_or_else(|| {
+        FormatError::Invalid(format!(
+            "this image's header area of {} bytes has no room for the new backing file name and pinned version beside the \
+             present ones, which a power loss must find whole",
+            header.layout.header_bytes
+        ))
+    })?;
 
     features |= FEATURE_BACKING_FILE;
     if backing.format.as_deref() == Some("raw") {
@@ -125,58 +130,95 @@ async fn rewrite_backing(
     }
     let mut autoclear = 0;
     if pin.is_some() {
-        compat |= COMPAT_PIN;
+        compat |= place.compat;
         autoclear |= AUTOCLEAR_ONLY_READONCE;
     }
     fields.features = features.into();
     fields.compat_features = compat.into();
     fields.autoclear_features = autoclear.into();
-    fields.backing_filename_offset = u32::try_from(name_at).expect("an old offset, or below 8 KiB").into();
-    fields.backing_filename_size = u32::try_from(name.len()).expect("at most 4095").into();
+    fields.backing_filename_offset = narrow(place.name_at).into();
+    fields.backing_filename_size = narrow(bytes(name.len())).into();
 
     let mut outside = false;
-    if name_at + bytes(name.len()) <= SECTOR_BYTES {
-        let start = index(name_at - HEADER_BYTES);
-        if let Some(place) = sector.rest.get_mut(start..start + name.len()) {
-            place.copy_from_slice(&name);
+    for (at, data) in [(place.record_at, record), (place.name_at, name)] {
+        let inside = index(SECTOR_BYTES.saturating_sub(at)).min(data.len());
+        if inside > 0 {
+            let start = index(at - HEADER_BYTES);
+            let room = sector.rest.get_mut(start..start + inside).expect("it lies in the first sector");
+            room.copy_from_slice(&data.slice(..inside));
         }
-    } else {
-        file.write(name_at, name).await?;
-        outside = true;
-    }
-    if !record.is_empty() {
-        file.write(header.layout.header_bytes - bytes(record.len()), record).await?;
-        outside = true;
+        if inside < data.len() {
+            file.write(at + bytes(inside), data.slice(inside..)).await?;
+            outside = true;
+        }
     }
     if outside {
         file.sync().await?;
     }
-    if (HEADER_BYTES..SECTOR_BYTES).contains(&name_at) && name_at + bytes(backing.name.len()) > SECTOR_BYTES {
-        // The name's beginning was written into the first sector: it is to stay there.
-        let beginning = file.read(HEADER_BYTES, sector.rest.len()).await?;
-        sector.rest.copy_from_slice(&beginning);
-    }
     write_sector(file, sector).await
 }
 
-/// Where a name goes, beside a record of `record_bytes`. In the first sector where it fits; where it lies already, if it is the same;
-/// else where it leaves the old name whole until the header points to the new one. Where there is no such place, behind
-/// the fields, and a crash may tear it.
-fn place_name(header: &Header, name: &str, record_bytes: u64) -> u64 {
-    let len = bytes(name.len());
-    if HEADER_BYTES + len <= SECTOR_BYTES {
-        return HEADER_BYTES;
-    }
-    let end_max = header.layout.header_bytes - record_bytes;
-    let old_start = u64::from(header.sector.fields.backing_filename_offset.get());
-    let old = match &header.backing {
-        Some(old) if old.name == name && old_start + len <= end_max => return old_start,
-        Some(old) => old_start..old_start + bytes(old.name.len()),
+fn narrow(value: u64) -> u32 {
+    u32::try_from(value).expect("an old offset, or one beside what has at most 8 KiB")
+}
+
+/// Where a name and its record go.
+struct Place {
+    /// Byte offset.
+    name_at: u64,
+    /// Byte offset.
+    record_at: u64,
+    /// What announces a record that lies there.
+    compat: u64,
+}
+
+/// A place for `name` and a record of `record_bytes` (0: none) that leaves the present ones whole outside of the first sector.
+fn place(header: &Header, name: &str, record_bytes: u64) -> Option<Place> {
+    let header_bytes = header.layout.header_bytes;
+    let name_bytes = bytes(name.len());
+    let old_name_at = u64::from(header.sector.fields.backing_filename_offset.get());
+    let old_name = match &header.backing {
+        Some(old) => old_name_at..old_name_at + bytes(old.name.len()),
         None => 0..0,
     };
-    let free = |at: u64| {
-        let new: Range<u64> = at..at + len;
-        new.end <= end_max && (new.end <= old.start || old.end <= new.start)
+    let outside = |range: &Range<u64>| range.start.max(SECTOR_BYTES)..range.end;
+    let present = [outside(&old_name), outside(&header.record)];
+    let free = |at: u64, len: u64| {
+        let new = outside(&(at..at + len));
+        let beside = |old: &Range<u64>| {
+            new.is_empty() || old.is_empty() || new.end <= old.start || old.end <= new.start
+        };
+        at + len <= header_bytes && present.iter().all(beside)
     };
-    [SECTOR_BYTES, old.end.max(SECTOR_BYTES)].into_iter().find(|&at| free(at)).unwrap_or(HEADER_BYTES)
+    let keeps_name =
+        |at: u64| at == old_name_at && header.backing.as_ref().is_some_and(|old| old.name == name);
+    let starts = [HEADER_BYTES, old_name.end, header.record.end];
+    let starts = || starts.into_iter().filter(|&start| start >= HEADER_BYTES);
+
+    let near = |at: u64| Place { name_at: at + record_bytes, record_at: at, compat: COMPAT_PIN_AT_NAME };
+    let far_at = header_bytes.saturating_sub(record_bytes);
+    let far = |at: u64| Place { name_at: at, record_at: far_at, compat: COMPAT_PIN };
+    // The header's field for it has 32 bits.
+    let name_may_end = |end: u64| u32::try_from(end).is_ok();
+    let near_fits = |at: u64| {
+        let end = at + record_bytes + name_bytes;
+        name_may_end(end) && free(at, record_bytes + name_bytes)
+    };
+    let far_fits = |at: u64| {
+        let end = at + name_bytes;
+        name_may_end(end)
+            && end <= far_at
+            && free(far_at, record_bytes)
+            && (keeps_name(at) || free(at, name_bytes))
+    };
+    // In one sector it takes one write.
+    if HEADER_BYTES + record_bytes + name_bytes <= SECTOR_BYTES {
+        return Some(near(HEADER_BYTES));
+    }
+    std::iter::once(old_name_at)
+        .filter(|&at| keeps_name(at))
+        .chain(starts())
+        .find(|&at| far_fits(at))
+        .map(far)
+        .or_else(|| starts().find(|&at| near_fits(at)).map(near))
 }

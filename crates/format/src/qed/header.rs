@@ -6,6 +6,8 @@
 //!
 //! Not here: the pin's record (`record`), and when a header is written.
 
+use std::ops::Range;
+
 use readonce_storage::ReadAt;
 use zerocopy::{
     FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,
@@ -40,6 +42,8 @@ const FEATURES_KNOWN: u64 = FEATURE_BACKING_FILE | FEATURE_NEED_CHECK | FEATURE_
 pub(super) const COMPAT_COPY_ON_READ: u64 = 0x01;
 /// Compatible, ours: the header area ends with a pin's record.
 pub(super) const COMPAT_PIN: u64 = 0x02;
+/// Compatible, ours: a pin's record ends where the backing name begins.
+pub(super) const COMPAT_PIN_AT_NAME: u64 = 0x04;
 /// Autoclear, ours: only readonce wrote since the pin was set. Any other writer clears it by the rule for unknown bits.
 pub(super) const AUTOCLEAR_ONLY_READONCE: u64 = 0x01;
 
@@ -83,8 +87,8 @@ pub(super) struct Header {
     pub(super) backing: Option<BackingRef>,
     /// The pin, where a good record belongs to the stored name.
     pub(super) pin: Option<Pin>,
-    /// Bytes of the record at the end of the header area; 0 without a good one.
-    pub(super) record_bytes: u64,
+    /// Where the record lies, bytes; empty without a good one.
+    pub(super) record: Range<u64>,
 }
 
 impl Header {
@@ -107,12 +111,12 @@ impl Header {
             FormatError::corrupt("header", format!("{} bytes", head.len()), "must be 512 bytes")
         })?;
         let layout = check(&sector.fields, file_len)?;
-        let mut header = Self { sector, layout, backing: None, pin: None, record_bytes: 0 };
+        let mut header = Self { sector, layout, backing: None, pin: None, record: 0..0 };
         header.backing = header.read_backing(file).await?;
-        if header.has_record()
-            && let Some(found) = record::read(file, layout.header_bytes).await?
+        if let Some(end) = header.record_end()
+            && let Some(found) = record::read(file, end).await?
         {
-            header.record_bytes = found.record_bytes;
+            header.record = end - found.record_bytes..end;
             header.pin = header.backing.as_ref().and_then(|backing| found.pin_for(&backing.name));
         }
         Ok(header)
@@ -141,8 +145,14 @@ impl Header {
         Ok(Some(BackingRef { name, format: raw.then(|| "raw".to_owned()) }))
     }
 
-    fn has_record(&self) -> bool {
-        self.sector.fields.compat_features.get() & COMPAT_PIN != 0
+    /// Where the record ends that the header announces.
+    fn record_end(&self) -> Option<u64> {
+        let fields = &self.sector.fields;
+        match fields.compat_features.get() & (COMPAT_PIN | COMPAT_PIN_AT_NAME) {
+            COMPAT_PIN => Some(self.layout.header_bytes),
+            COMPAT_PIN_AT_NAME if self.backing.is_some() => Some(fields.backing_filename_offset.get().into()),
+            _ => None,
+        }
     }
 
     /// Whether the image carries NEED_CHECK.
@@ -173,7 +183,8 @@ impl Header {
     /// Bytes of the header area that neither the fields, nor the name, nor the record use.
     pub(super) fn bytes_free(&self) -> u64 {
         let name = self.backing.as_ref().map_or(0, |backing| bytes(backing.name.len()));
-        self.layout.header_bytes.saturating_sub(HEADER_BYTES + name + self.record_bytes)
+        let record = self.record.end - self.record.start;
+        self.layout.header_bytes.saturating_sub(HEADER_BYTES + name + record)
     }
 }
 

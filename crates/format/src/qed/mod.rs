@@ -7,7 +7,7 @@
 //! - `create`, `change`: a new image, a changed header. `scan`, `check`, `repair`: an image as a whole.
 //!
 //! Extensions that the specification leaves room for, and that QEMU keeps or clears by the rules for unknown bits: compat bit
-//! 0x01, copy-on-read is the image's default; compat bit 0x02 with autoclear bit 0x01, a pin (`record`).
+//! 0x01, copy-on-read is the image's default; compat bit 0x02 or 0x04 with autoclear bit 0x01, a pin (`record`).
 
 mod change;
 mod check;

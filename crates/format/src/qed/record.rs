@@ -1,7 +1,8 @@
 //! The pin's record: which version of the backing the image belongs to.
 //!
-//! It lies at the very end of the header area, where neither the fields nor a backing name written by QEMU reach, and is
-//! announced by a compat bit. The fixed part comes last, so that it is found from the end; the validator lies before it:
+//! A compat bit announces it and says where it ends: one at the very end of the header area, where neither the fields nor a backing
+//! name written by QEMU reach, another where the backing name begins. So a change of the name has a place for the new record that
+//! leaves the old one whole. The fixed part comes last, so that it is found from the end; the validator lies before it:
 //!
 //! | bytes from the record's end | field (little-endian) |
 //! |---|---|
@@ -90,7 +91,7 @@ pub(super) async fn read(file: &dyn ReadAt, end: u64) -> Result<Option<Found>, F
     Ok(Some(Found { name_hash: fixed.name_hash.get(), pin, record_bytes }))
 }
 
-/// The record of `pin` for the backing of that name; it is written so that it ends where the header area ends.
+/// The record of `pin` for the backing of that name; it is written so that it ends where a compat bit says.
 ///
 /// # Errors
 /// `Invalid` where the validator is too long.

@@ -125,34 +125,44 @@ fn power_loss_while_a_hole_is_closed() {
     }
 }
 
+/// A pin that was lost is made anew at the next open, from what the server has then: the image would mix two versions of its backing.
 #[test]
-fn power_loss_while_the_backing_is_renamed() {
+fn power_loss_while_the_backing_is_renamed_keeps_a_pin() {
     use readonce_format::driver::{BackingRef, HeaderChange, Pin};
-    let shape = Shape { cluster_size: 65536, ..SMALL };
     let named = |len: usize, letter: &str| BackingRef { name: letter.repeat(len), format: None };
-    let pin = |version: u8| Pin { validator: vec![version; 300], len: 1 };
-    for (old_len, new_len) in [(10, 20), (10, 3000), (3000, 10), (3000, 4000), (448, 449)] {
+    let pin = |version: u8, len: usize| Pin { validator: vec![version; len], len: 1 };
+    // Length of the name and of the validator, before and after. One that is the same has the same letters.
+    let large = [(10, 300, 20, 300), (10, 20, 3000, 20), (3000, 300, 10, 300), (3000, 9, 4000, 1024)];
+    let small = [
+        (10, 9, 20, 9),
+        (10, 300, 400, 300),
+        (1500, 300, 1600, 300),
+        (448, 9, 449, 9),
+        (1000, 300, 1000, 300),
+    ];
+    let cases = large.iter().map(|case| (65536, case)).chain(small.iter().map(|case| (4096, case)));
+    for (cluster_size, &(old_len, old_pin, new_len, new_pin)) in cases {
+        let old = (named(old_len, "o"), pin(1, old_pin));
+        let new = (named(new_len, if new_len == old_len { "o" } else { "n" }), pin(2, new_pin));
         for n in 1.. {
             let more = block_on(async {
-                let file = create(&shape).await;
+                let file = create(&Shape { cluster_size, ..SMALL }).await;
                 let storage: Arc<dyn Storage> = file.clone();
-                let (old, new) = (named(old_len, "o"), named(new_len, "n"));
-                let change = HeaderChange::Backing(Some(old.clone()), Some(pin(1)));
-                qed().change(&storage, &change).await.unwrap();
+                // As it is made, and after changes: the record lies where it did not lie before.
+                for between in [&new, &old] {
+                    let change = HeaderChange::Backing(Some(between.0.clone()), Some(between.1.clone()));
+                    qed().change(&storage, &change).await.unwrap();
+                }
                 file.fail_nth(n, Fault::Eio, Lasts::ForGood);
-                let change = HeaderChange::Backing(Some(new.clone()), Some(pin(2)));
+                let change = HeaderChange::Backing(Some(new.0.clone()), Some(new.1.clone()));
                 let changed = qed().change(&storage, &change).await.is_ok();
                 for seed in 0..20 {
                     let reader: Arc<dyn readonce_storage::ReadAt> = Arc::new(file.crash(seed));
                     let said = qed().describe(&reader).await.unwrap();
-                    let backing = said.backing.unwrap();
-                    let context = format!("{old_len} to {new_len}, n {n}, seed {seed}");
-                    if backing == new {
-                        assert_eq!(said.pin, Some(pin(2)), "{context}");
-                    } else {
-                        assert!(!changed && backing == old, "{context}");
-                        assert!(said.pin.is_none() || said.pin == Some(pin(1)), "{context}");
-                    }
+                    let found = (said.backing.unwrap(), said.pin);
+                    let context = format!("{cluster_size}: {old_len} to {new_len}, n {n}, seed {seed}");
+                    let whole = |(name, pin): &(BackingRef, Pin)| (name.clone(), Some(pin.clone()));
+                    assert!(found == whole(&new) || !changed && found == whole(&old), "{context}: {found:?}");
                 }
                 !changed
             });
@@ -161,4 +171,22 @@ fn power_loss_while_the_backing_is_renamed() {
             }
         }
     }
+}
+
+#[test]
+fn a_change_that_a_power_loss_could_tear_is_refused() {
+    use readonce_format::driver::{BackingRef, HeaderChange, Pin};
+    block_on(async {
+        let file = create(&SMALL).await;
+        let storage: Arc<dyn Storage> = file.clone();
+        let to = |letter: &str| {
+            let backing = BackingRef { name: letter.repeat(2500), format: None };
+            HeaderChange::Backing(Some(backing), Some(Pin { validator: vec![1; 300], len: 1 }))
+        };
+        qed().change(&storage, &to("o")).await.unwrap();
+        let before = file.contents();
+        let error = qed().change(&storage, &to("n")).await.unwrap_err();
+        assert!(error.to_string().contains("has no room for the new backing file name"), "{error}");
+        assert_eq!(file.contents(), before);
+    });
 }
