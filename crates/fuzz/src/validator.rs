@@ -38,8 +38,7 @@ fn from_server(draw: &mut Draw<'_>) {
             2 => [b"\"", draw.bytes(1100), b"\""].concat(),
             _ => draw.bytes(1100).to_vec(),
         };
-        // Of tabs a validator is made that cannot be read again: a bug that is known.
-        Some(HeaderValue::from_bytes(&value).ok()?.to_str().ok()?.replace('\t', " "))
+        Some(HeaderValue::from_bytes(&value).ok()?.to_str().ok()?.to_owned())
     };
     let (etag, date) = (header(), header());
     let len = draw.number();

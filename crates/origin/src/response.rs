@@ -1,14 +1,15 @@
 //! Response: what the head of a response means. Pure: no clock, no network.
 //!
 //! - A body counts only with `206`, exactly the range that was asked, a total, an agreeing Content-Length, no
-//!   Content-Encoding, and the pinned version (I6). Anything else never becomes guest data.
+//!   Content-Encoding, and the pinned version (I6). A header that can be said only once and is said in two ways is neither. Anything
+//!   else never becomes guest data.
 //! - What may pass is told apart from what will not.
 //!
 //! Not here: when to ask again (`retry`), where a redirect leads (`remote`).
 
 use std::{ops::Range, time::Duration};
 
-use http::{HeaderMap, HeaderName, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 
 use crate::{Validator, Version, transport::Head, validator::brief};
 
@@ -39,6 +40,9 @@ pub enum Verdict {
 /// Judges the head of the answer to a GET of `want` (not empty). `pinned`: the version that the answer must be of.
 pub fn judge(head: &Head, want: &Range<u64>, pinned: Option<&Version>) -> Verdict {
     let status = head.status;
+    if let (200 | 206 | 416, Some(name)) = (status.as_u16(), contradicted(&head.headers)) {
+        return Verdict::Permanent(format!("the server sends {name} more than once, with different values"));
+    }
     match status.as_u16() {
         206 => judge_partial(&head.headers, want, pinned),
         200 if content_length(&head.headers) == Ok(Some(0)) => empty(pinned),
@@ -62,14 +66,14 @@ pub fn judge(head: &Head, want: &Range<u64>, pinned: Option<&Version>) -> Verdic
 
 fn judge_partial(headers: &HeaderMap, want: &Range<u64>, pinned: Option<&Version>) -> Verdict {
     let permanent = Verdict::Permanent;
-    if let Some(kind) = text(headers, header::CONTENT_TYPE)
-        && kind.trim_start().to_ascii_lowercase().starts_with("multipart/byteranges")
-    {
+    let multipart = |kind: &HeaderValue| {
+        kind.as_bytes().trim_ascii_start().to_ascii_lowercase().starts_with(b"multipart/byteranges")
+    };
+    if headers.get_all(header::CONTENT_TYPE).iter().any(multipart) {
         return permanent("the server answers one range with several parts (multipart/byteranges)".into());
     }
-    if let Some(encoding) = headers.get(header::CONTENT_ENCODING)
-        && !encoding.as_bytes().eq_ignore_ascii_case(b"identity")
-    {
+    let encoded = |encoding: &&HeaderValue| !encoding.as_bytes().eq_ignore_ascii_case(b"identity");
+    if let Some(encoding) = headers.get_all(header::CONTENT_ENCODING).iter().find(encoded) {
         return permanent(format!(
             "the server sends the file encoded (Content-Encoding: {})",
             brief(&format!("{encoding:?}"))
@@ -171,6 +175,24 @@ fn words(status: StatusCode) -> String {
         Some(reason) => format!("{} {reason}", status.as_str()),
         None => status.as_str().to_string(),
     }
+}
+
+/// Headers of which there can be one, and the word for each.
+const SINGLE: [(HeaderName, &str); 4] = [
+    (header::CONTENT_RANGE, "Content-Range"),
+    (header::CONTENT_LENGTH, "Content-Length"),
+    (header::ETAG, "ETag"),
+    (header::LAST_MODIFIED, "Last-Modified"),
+];
+
+/// A header that says two things: a cache or a proxy on the way put two answers into one.
+fn contradicted(headers: &HeaderMap) -> Option<&'static str> {
+    let differs = |name: &HeaderName| {
+        let mut values = headers.get_all(name).iter().map(|value| value.as_bytes().trim_ascii());
+        let first = values.next();
+        values.any(|value| Some(value) != first)
+    };
+    SINGLE.iter().find(|(name, _)| differs(name)).map(|&(_, word)| word)
 }
 
 fn text(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
@@ -287,6 +309,28 @@ mod tests {
             "Content-Type: Multipart/byteranges; boundary=x",
             "Permanent(\"the server answers one range",
         );
+    }
+
+    /// The first of two ETags may be a stale cache's: its bytes would be kept as those of the pinned version.
+    #[test]
+    fn a_header_that_says_two_things_is_refused() {
+        for (twice, word) in [
+            ("ETag: \"b\"", "ETag"),
+            ("Content-Range: bytes 10-19/101", "Content-Range"),
+            ("Content-Length: 11", "Content-Length"),
+            ("Last-Modified: x\nLast-Modified: y", "Last-Modified"),
+        ] {
+            let expect = format!("Permanent(\"the server sends {word} more than once");
+            check(206, &format!("{GOOD}\n{twice}"), &expect);
+            check_with(206, &format!("{GOOD}\n{twice}"), None, &expect);
+        }
+        check(206, &format!("{GOOD}\n{GOOD}"), "Body(");
+        check(200, "Content-Length: 0\nContent-Length: 5", "Permanent(\"the server sends Content-Length");
+        check(416, "Content-Range: bytes */0\nContent-Range: bytes */100", "Permanent(\"the server sends");
+        let encoded = "Content-Encoding: identity\nContent-Encoding: gzip";
+        check(206, &format!("{GOOD}\n{encoded}"), "Permanent(\"the server sends the file encoded");
+        let parts = "Content-Type: text/plain\nContent-Type: multipart/byteranges";
+        check(206, &format!("{GOOD}\n{parts}"), "Permanent(\"the server answers one range");
     }
 
     #[test]

@@ -85,7 +85,7 @@ pub enum DecodeError {
 }
 
 impl Validator {
-    /// The best validator that response headers offer. Values that are no text, or too long to keep, count as absent.
+    /// The best validator that response headers offer. Values that are no printable text, or too long to keep, count as absent.
     pub fn from_headers(etag: Option<&str>, last_modified: Option<&str>, len: u64) -> Self {
         if let Some(tag) = etag.and_then(parse_etag) {
             return match tag {
@@ -93,7 +93,7 @@ impl Validator {
                 ETag::Weak(etag) => Self::WeakETag { etag, len },
             };
         }
-        match last_modified.map(str::trim).filter(|date| !date.is_empty() && date.len() <= TEXT_BYTES_MAX) {
+        match last_modified.map(str::trim).filter(|date| can_be_kept(date)) {
             Some(date) => Self::LastModified { date: date.to_string(), len },
             None => Self::LengthOnly { len },
         }
@@ -264,7 +264,7 @@ fn parse_etag(value: &str) -> Option<ETag> {
         Some(tag) => (true, tag),
         None => (false, value),
     };
-    if tag.is_empty() || tag == "\"\"" || tag.len() > TEXT_BYTES_MAX {
+    if tag == "\"\"" || !can_be_kept(tag) {
         return None;
     }
     Some(if weak { ETag::Weak(tag.to_string()) } else { ETag::Strong(tag.to_string()) })
@@ -288,9 +288,13 @@ impl Reader<'_> {
     /// All that is left, as printable text.
     fn text(&mut self) -> Option<String> {
         let text = std::str::from_utf8(std::mem::take(&mut self.rest)).ok()?;
-        let fits = !text.is_empty() && text.len() <= TEXT_BYTES_MAX && !text.contains(char::is_control);
-        fits.then(|| text.to_string())
+        can_be_kept(text).then(|| text.to_string())
     }
+}
+
+/// Whether an image can hold a text, and give it back: what is pinned must be read again.
+fn can_be_kept(text: &str) -> bool {
+    !text.is_empty() && text.len() <= TEXT_BYTES_MAX && !text.contains(char::is_control)
 }
 
 #[cfg(test)]
@@ -345,6 +349,16 @@ mod tests {
         let long = format!("\"{}\"", "x".repeat(2000));
         assert_eq!(from(Some(&long), None), "7 bytes");
         assert!(Validator::from_headers(Some(&"x".repeat(960)), None, 7).encode().len() <= ENCODED_BYTES_MAX);
+    }
+
+    /// A header may hold tabs. Pinned, such an ETag could not be read again, and the image could not be opened any more.
+    #[test]
+    fn a_text_with_control_characters_is_absent() {
+        let from = |etag, date| Validator::from_headers(etag, date, 7).to_string();
+        assert_eq!(from(Some("\"a\tb\""), Some("d")), "Last-Modified d, 7 bytes");
+        assert_eq!(from(Some("W/\"a\tb\""), Some("d\te")), "7 bytes");
+        assert_eq!(from(Some("\t\"a\"\t"), None), "ETag \"a\"");
+        assert_eq!(from(None, Some("d\u{7f}")), "7 bytes");
     }
 
     #[test]
