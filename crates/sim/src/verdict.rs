@@ -142,6 +142,10 @@ pub fn qemu_is_there() -> bool {
 }
 
 fn ask_qemu(layout: &Layout, file: &SimFile) -> Option<CheckReport> {
+    // QEMU 10.0.2 opens no QED image whose tables have one cluster ("QED table offset is invalid"), also of those that it makes.
+    if layout.format == "qed" && file.contents().get(8..12) == Some(&1_u32.to_le_bytes()) {
+        return None;
+    }
     let folder = tempfile::tempdir().expect("a folder for an image");
     let path = folder.path().join("image");
     std::fs::write(&path, file.contents()).expect("room for an image");
@@ -162,10 +166,6 @@ fn ask_qemu(layout: &Layout, file: &SimFile) -> Option<CheckReport> {
         .arg(format!("json:{opened}"))
         .output()
         .expect("qemu-img runs");
-    // QEMU 10.0 refuses some QED images that have next to nothing allocated; fresh ones of its own too (clusters and tables of 4 KiB).
-    if String::from_utf8_lossy(&output.stderr).contains("QED table offset is invalid") {
-        return None;
-    }
     let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| {
         panic!("qemu-img check: {}", String::from_utf8_lossy(&output.stderr));
     });
