@@ -1,6 +1,7 @@
 //! Repair: entries that may not be there, clusters that two entries use, clusters that none uses.
 //!
 //! - An invalid entry becomes 0: the backing shows through again.
+//! - Data that an L1 entry takes for a table is copied before anything in that table is mended.
 //! - Of two references to a cluster the first in table order stays; the other is given a copy of its own at the end of the file, so that
 //!   the guest reads what it read before. A table that two L1 entries name is copied too, and then its data. Copies may at most
 //!   double the file; what is left beyond that stays counted as corrupt.
@@ -13,7 +14,10 @@
 //!
 //! - Memory: the bitmap of `scan`, and [`BATCH_MAX`] places at a time.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use readonce_storage::Storage;
@@ -21,14 +25,14 @@ use zerocopy::IntoBytes;
 
 use super::{
     check::count,
-    header::{AUTOCLEAR_ONLY_READONCE, FEATURE_NEED_CHECK, Header},
+    header::{FEATURE_NEED_CHECK, Header},
     layout::Layout,
     scan::{Beyond, Bitmap, Finding, Place, scan},
 };
 use crate::{
     FormatError,
     driver::{CheckReport, Repair},
-    number::index,
+    number::{bytes, index},
 };
 
 /// Findings, or places of clusters, that are kept in memory at once; more take another scan.
@@ -70,7 +74,10 @@ pub(super) async fn repair(file: &Arc<dyn Storage>, what: Repair) -> Result<Chec
         if unmark {
             fields.features = (fields.features.get() & !FEATURE_NEED_CHECK).into();
         }
-        fields.autoclear_features = (fields.autoclear_features.get() & AUTOCLEAR_ONLY_READONCE).into();
+        fields.clear_foreign();
+        let wrong = report.leaks + report.corruptions + report.check_errors;
+        let clean = wrong == 0 && !fields.need_check();
+        fields.set_clean_end(clean.then(|| file.len()));
         file.write(0, Bytes::copy_from_slice(sector.as_bytes())).await?;
         file.sync().await?;
     }
@@ -126,9 +133,16 @@ async fn move_units(file: &Arc<dyn Storage>, layout: &Layout, moves: &[Move]) ->
 }
 
 /// Mends wrong entries; returns how many corruptions, as `check` counts them.
+///
+/// Of a cluster that one entry takes for a table and another for data, nobody knows which it is. So the data is copied before anything is
+/// written there, and what is wrong elsewhere goes before that: an entry past the file's end would become valid when the file grows.
 async fn mend(file: &Arc<dyn Storage>, layout: &Layout) -> Result<u64, FormatError> {
-    let mut fixed = 0;
     let mut copies_left = layout.whole_clusters_end(file.len()) / layout.cluster_size;
+    let data = data_in_tables(file, layout, copies_left).await?;
+    let mut fixed = clear_invalid(file, layout, &data).await?;
+    move_units(file, layout, &data).await?;
+    copies_left -= bytes(data.len());
+    fixed += bytes(data.len());
     loop {
         let mut findings = Vec::new();
         let note = |place, raw, finding| {
@@ -171,6 +185,62 @@ async fn mend(file: &Arc<dyn Storage>, layout: &Layout) -> Result<u64, FormatErr
             return Ok(fixed);
         }
         file.sync().await?;
+    }
+}
+
+/// Moves for data that lies in tables, to the file's end: at most [`BATCH_MAX`], and as many as may be copied.
+async fn data_in_tables(
+    file: &Arc<dyn Storage>,
+    layout: &Layout,
+    copies_max: u64,
+) -> Result<Vec<Move>, FormatError> {
+    let cluster_size = layout.cluster_size;
+    let end = layout.whole_clusters_end(file.len());
+    let mut tables = Bitmap::new(end / cluster_size)?;
+    let seen = |place, offset: u64| {
+        if matches!(place, Place::L1(_)) {
+            let first = offset / cluster_size;
+            (first..first + layout.table_size).for_each(|cluster| {
+                tables.set(cluster);
+            });
+        }
+    };
+    scan(file.as_ref(), layout, Beyond::Wrong, |_, _, _| {}, seen).await?;
+    let mut moves: Vec<Move> = Vec::new();
+    let note = |place, raw, finding| {
+        let is_data = matches!((place, finding), (Place::L2 { .. }, Finding::Double(_)));
+        let room = moves.len() < BATCH_MAX && bytes(moves.len()) < copies_max;
+        if is_data && room && tables.is_set(raw / cluster_size) {
+            moves.push(Move { place, from: raw, to: end + bytes(moves.len()) * cluster_size });
+        }
+    };
+    scan(file.as_ref(), layout, Beyond::Wrong, note, |_, _| {}).await?;
+    Ok(moves)
+}
+
+/// Clears entries that hold what may not be there, but for those of tables that hold what `data` moves; returns how many.
+async fn clear_invalid(file: &Arc<dyn Storage>, layout: &Layout, data: &[Move]) -> Result<u64, FormatError> {
+    let data: BTreeSet<u64> = data.iter().map(|unit| unit.from).collect();
+    let holds_data =
+        |table: u64| data.range(table..table.saturating_add(layout.table_bytes())).next().is_some();
+    let mut cleared = 0;
+    loop {
+        let mut places = Vec::new();
+        let note = |place, _, finding| {
+            let in_doubt = matches!(place, Place::L2 { table, .. } if holds_data(table));
+            if finding == Finding::Invalid && !in_doubt && places.len() < BATCH_MAX {
+                places.push(place);
+            }
+        };
+        let scanned = scan(file.as_ref(), layout, Beyond::Wrong, note, |_, _| {}).await?;
+        if places.is_empty() || scanned.check_errors > 0 {
+            return Ok(cleared);
+        }
+        for place in &places {
+            file.write(place.offset(layout), Bytes::from_static(&[0; 8])).await?;
+        }
+        file.sync().await?;
+        cleared += bytes(places.len());
     }
 }
 

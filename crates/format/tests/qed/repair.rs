@@ -103,6 +103,35 @@ fn a_table_that_two_entries_name_gets_its_own_copy() {
     });
 }
 
+/// An L1 entry, inside the guest's size or beyond it, that names a guest's cluster: entries were mended in the guest's bytes, and it read
+/// zeros where it had written.
+#[test]
+fn data_that_an_entry_takes_for_a_table_is_kept() {
+    let shape = Shape { size: 24 << 20, ..SMALL };
+    for l1_index in [3, 12, 511] {
+        block_on(async {
+            let (mut bytes, mut model) = image(&shape).await;
+            let table = entry(&bytes, CLUSTER);
+            let data = entry(&bytes, table + 3 * 8);
+            assert_eq!(entry(&bytes, CLUSTER + l1_index * 8), 0, "the test needs a free L1 entry");
+            put(&mut bytes, CLUSTER + l1_index * 8, data);
+            // Past the file's end: not valid when the copy makes the file longer.
+            let end = bytes.len() as u64;
+            put(&mut bytes, table + 60 * 8, end);
+            for sector in 0..8 {
+                let backing = crate::guest::backing_tag(&shape, 60 * 8 + sector);
+                model.write(60 * 8 + sector, backing);
+            }
+            let file = Arc::new(SimFile::from_bytes(&bytes));
+            let broken = wrong(&file).await.0;
+            let report = repair(&file, Repair::All).await;
+            assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+            assert_eq!(report.corruptions_fixed, broken);
+            reads_as(&file, &model, "copied").await;
+        });
+    }
+}
+
 #[test]
 fn what_may_not_be_there_shows_the_backing() {
     block_on(async {
