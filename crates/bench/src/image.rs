@@ -121,6 +121,8 @@ fn qed_tables(file: &File, size: u64) -> anyhow::Result<()> {
         }
     }
     file.write_all_at(&l1, l1_offset)?;
+    // As another program makes it: what we said in the autoclear bits of where the file ends is not true any more.
+    file.write_all_at(&[0; 8], 32)?;
     set_len(file, next_cluster)
 }
 

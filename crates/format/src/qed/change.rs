@@ -76,8 +76,7 @@ fn grown_size(header: &Header, size: u64) -> Result<u64, FormatError> {
 }
 
 async fn write_sector(file: &Arc<dyn Storage>, mut sector: HeaderSector) -> Result<(), FormatError> {
-    let autoclear = sector.fields.autoclear_features.get() & AUTOCLEAR_ONLY_READONCE;
-    sector.fields.autoclear_features = autoclear.into();
+    sector.fields.clear_foreign();
     file.write(0, Bytes::copy_from_slice(sector.as_bytes())).await?;
     Ok(file.sync().await?)
 }
@@ -92,6 +91,7 @@ async fn rewrite_backing(
     let fields = &mut sector.fields;
     let mut features = fields.features.get() & !(FEATURE_BACKING_FILE | FEATURE_BACKING_NO_PROBE);
     let mut compat = fields.compat_features.get() & !(COMPAT_PIN | COMPAT_PIN_AT_NAME);
+    let mut autoclear = fields.autoclear_features.get() & !AUTOCLEAR_ONLY_READONCE;
     let Some(backing) = backing else {
         if pin.is_some() {
             return Err(FormatError::Invalid("a version can be pinned only with a backing file".into()));
@@ -100,7 +100,7 @@ async fn rewrite_backing(
         compat &= !COMPAT_COPY_ON_READ;
         fields.features = features.into();
         fields.compat_features = compat.into();
-        fields.autoclear_features = 0.into();
+        fields.autoclear_features = autoclear.into();
         fields.backing_filename_offset = 0.into();
         fields.backing_filename_size = 0.into();
         return write_sector(file, sector).await;
@@ -128,7 +128,6 @@ async fn rewrite_backing(
     if backing.format.as_deref() == Some("raw") {
         features |= FEATURE_BACKING_NO_PROBE;
     }
-    let mut autoclear = 0;
     if pin.is_some() {
         compat |= place.compat;
         autoclear |= AUTOCLEAR_ONLY_READONCE;

@@ -122,7 +122,8 @@ fn plan(spec: &CreateSpec) -> Result<Plan, FormatError> {
     let header_size = (HEADER_BYTES + bytes(name.len()) + bytes(record.len())).div_ceil(cluster_size);
     let header_bytes = header_size * cluster_size;
     let narrow = |value: u64| u32::try_from(value).expect("checked against its limit above");
-    let fields = Fields {
+    let file_bytes = header_bytes + table_size * cluster_size;
+    let mut fields = Fields {
         magic: MAGIC,
         cluster_size: narrow(cluster_size).into(),
         table_size: narrow(table_size).into(),
@@ -135,7 +136,8 @@ fn plan(spec: &CreateSpec) -> Result<Plan, FormatError> {
         backing_filename_offset: if name.is_empty() { 0 } else { narrow(HEADER_BYTES) }.into(),
         backing_filename_size: narrow(bytes(name.len())).into(),
     };
-    Ok(Plan { fields, name, record, header_bytes, file_bytes: header_bytes + table_size * cluster_size })
+    fields.set_clean_end(Some(file_bytes));
+    Ok(Plan { fields, name, record, header_bytes, file_bytes })
 }
 
 /// The rules for a name that is to be stored.

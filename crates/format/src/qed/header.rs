@@ -46,6 +46,11 @@ pub(super) const COMPAT_PIN: u64 = 0x02;
 pub(super) const COMPAT_PIN_AT_NAME: u64 = 0x04;
 /// Autoclear, ours: only readonce wrote since the pin was set. Any other writer clears it by the rule for unknown bits.
 pub(super) const AUTOCLEAR_ONLY_READONCE: u64 = 0x01;
+/// Autoclear, ours: bits 8 to 63 hold the number of the file's clusters when it was closed clean. They go with every other writer,
+/// who may append without a mark.
+const AUTOCLEAR_CLEAN_END: u64 = 0x02;
+const CLEAN_END_SHIFT: u32 = 8;
+const CLEAN_END_MASK: u64 = u64::MAX << CLEAN_END_SHIFT;
 
 /// The fields as they lie in the file.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -65,6 +70,46 @@ pub(super) struct Fields {
 }
 
 const _: () = assert!(size_of::<Fields>() == 64);
+
+impl Fields {
+    /// Autoclear bits that are not ours.
+    pub(super) fn foreign_autoclear(&self) -> u64 {
+        let autoclear = self.autoclear_features.get();
+        let number = if autoclear & AUTOCLEAR_CLEAN_END == 0 { 0 } else { CLEAN_END_MASK };
+        autoclear & !(AUTOCLEAR_ONLY_READONCE | AUTOCLEAR_CLEAN_END | number)
+    }
+
+    /// Clears them.
+    pub(super) fn clear_foreign(&mut self) {
+        self.autoclear_features = (self.autoclear_features.get() & !self.foreign_autoclear()).into();
+    }
+
+    /// Whether the image carries NEED_CHECK.
+    pub(super) fn need_check(&self) -> bool {
+        self.features.get() & FEATURE_NEED_CHECK != 0
+    }
+
+    /// Where the file ended when it was closed clean, bytes: nothing in use lies behind it. `None` where that is not known.
+    pub(super) fn clean_end(&self) -> Option<u64> {
+        let autoclear = self.autoclear_features.get();
+        let known = autoclear & AUTOCLEAR_CLEAN_END != 0 && !self.need_check();
+        known.then_some(autoclear >> CLEAN_END_SHIFT)?.checked_mul(self.cluster_size.get().into())
+    }
+
+    /// Says that the file ends clean with `file_len` bytes; `None`, and a length that is not whole clusters, that it is not known.
+    pub(super) fn set_clean_end(&mut self, file_len: Option<u64>) {
+        let cluster_size = u64::from(self.cluster_size.get());
+        let autoclear = self.autoclear_features.get() & !(AUTOCLEAR_CLEAN_END | CLEAN_END_MASK);
+        let number = match file_len {
+            // Below 2^51: a file has less than 2^63 bytes.
+            Some(len) if len.is_multiple_of(cluster_size) => {
+                AUTOCLEAR_CLEAN_END | len / cluster_size << CLEAN_END_SHIFT
+            }
+            _ => 0,
+        };
+        self.autoclear_features = (autoclear | number).into();
+    }
+}
 
 /// The first sector: the fields, and bytes after them that are kept as they are.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -157,7 +202,12 @@ impl Header {
 
     /// Whether the image carries NEED_CHECK.
     pub(super) fn need_check(&self) -> bool {
-        self.sector.fields.features.get() & FEATURE_NEED_CHECK != 0
+        self.sector.fields.need_check()
+    }
+
+    /// Whether the file grew after it was closed clean: a power loss took the mark, or whoever wrote knows nothing of marks.
+    pub(super) fn grew_unmarked(&self, file_len: u64) -> bool {
+        self.sector.fields.clean_end().is_some_and(|end| file_len > end)
     }
 
     /// What the image says of itself.

@@ -1,7 +1,10 @@
 //! The dirty mark (NEED_CHECK), and who may allocate.
 //!
-//! - The mark is written before the first cluster is handed out, with a backing file too. It is not synced by itself: the sync that
-//!   precedes every link covers it, so no link can be on disk without it.
+//! - The mark is written before the first cluster is handed out, with a backing file too. The sync that precedes every link covers
+//!   it, so no link can be on disk without it.
+//! - A power loss before that sync may keep the file's growth and not the mark. So the sector that has no mark says where the file
+//!   ended (`set_clean_end`), and the next open sees that it grew. Where that is not known, since another program wrote, the
+//!   mark is synced by itself.
 //! - It goes only while nothing holds a [`Ticket`]. Whoever wants one meanwhile waits.
 //! - Autoclear bits that are not ours are cleared in the same write, or at the first flush.
 //!
@@ -14,7 +17,7 @@ use parking_lot::Mutex;
 use readonce_storage::Storage;
 use zerocopy::IntoBytes;
 
-use super::header::{AUTOCLEAR_ONLY_READONCE, FEATURE_NEED_CHECK, HeaderSector};
+use super::header::{FEATURE_NEED_CHECK, HeaderSector};
 use crate::FormatError;
 
 pub(super) struct Mark {
@@ -45,8 +48,8 @@ impl Drop for Ticket {
 
 impl Mark {
     pub(super) fn new(file: Arc<dyn Storage>, sector: HeaderSector) -> Self {
-        let foreign = sector.fields.autoclear_features.get() & !AUTOCLEAR_ONLY_READONCE != 0;
-        let marked = sector.fields.features.get() & FEATURE_NEED_CHECK != 0;
+        let foreign = sector.fields.foreign_autoclear() != 0;
+        let marked = sector.fields.need_check();
         let state = State { ready: marked && !foreign, foreign, closing: false, tickets: 0 };
         Self { file, state: Mutex::new(state), sector: tokio::sync::Mutex::new(sector) }
     }
@@ -60,9 +63,17 @@ impl Mark {
         if let Some(ticket) = self.begin_now() {
             return Ok(ticket);
         }
+        // A file that is shorter was cut by another program.
+        let end_known = sector.fields.clean_end().is_some_and(|end| end <= self.file.len());
+        let marks_durably = !sector.fields.need_check() && !end_known;
         let mut marked = *sector;
         marked.fields.features = (marked.fields.features.get() | FEATURE_NEED_CHECK).into();
-        self.write(&mut sector, marked).await?;
+        marked.fields.set_clean_end(None);
+        let marked = self.write(marked).await?;
+        if marks_durably {
+            self.file.sync().await?;
+        }
+        *sector = marked;
         let mut state = self.state.lock();
         state.ready = true;
         state.tickets += 1;
@@ -77,13 +88,12 @@ impl Mark {
         })
     }
 
-    async fn write(&self, sector: &mut HeaderSector, mut new: HeaderSector) -> Result<(), FormatError> {
-        let autoclear = new.fields.autoclear_features.get() & AUTOCLEAR_ONLY_READONCE;
-        new.fields.autoclear_features = autoclear.into();
+    /// Writes it without foreign autoclear bits; answers what the file holds then.
+    async fn write(&self, mut new: HeaderSector) -> Result<HeaderSector, FormatError> {
+        new.fields.clear_foreign();
         self.file.write(0, Bytes::copy_from_slice(new.as_bytes())).await?;
-        *sector = new;
         self.state.lock().foreign = false;
-        Ok(())
+        Ok(new)
     }
 
     /// Clears foreign autoclear bits. Data that the guest wrote in place is not known here, but it is flushed.
@@ -92,8 +102,8 @@ impl Mark {
             return Ok(());
         }
         let mut sector = self.sector.lock().await;
-        let same = *sector;
-        self.write(&mut sector, same).await
+        *sector = self.write(*sector).await?;
+        Ok(())
     }
 
     /// Holds up everyone who wants to allocate; `None` where somebody has a ticket.
@@ -117,16 +127,17 @@ pub(super) struct Closing<'a> {
 impl Closing<'_> {
     /// Whether the file carries the mark.
     pub(super) fn marked(&self) -> bool {
-        self.sector.fields.features.get() & FEATURE_NEED_CHECK != 0
+        self.sector.fields.need_check()
     }
 
-    /// Takes the mark off, durable when this returns. Everything else must be durable already.
+    /// Takes the mark off, durable when this returns. Everything else must be durable already, and the file cut.
     pub(super) async fn clear(mut self) -> Result<(), FormatError> {
         let mut clean = *self.sector;
         clean.fields.features = (clean.fields.features.get() & !FEATURE_NEED_CHECK).into();
         // From the first byte of this write on the file may be without the mark.
         self.mark.state.lock().ready = false;
-        self.mark.write(&mut self.sector, clean).await?;
+        clean.fields.set_clean_end(Some(self.mark.file.len()));
+        *self.sector = self.mark.write(clean).await?;
         Ok(self.mark.file.sync().await?)
     }
 }

@@ -65,14 +65,20 @@ impl Writer {
             links: Links::default(),
             rounds: Rounds::default(),
         };
+        let mark = Arc::new(Mark::new(file.clone(), header.sector));
+        if header.grew_unmarked(file.len()) {
+            // As if the mark had been found: what lies behind the clean end is looked for.
+            mark.begin().await?;
+        }
+        let unclean = header.need_check() || header.grew_unmarked(file.len());
         let core = Core {
             clusters: Arc::new(Clusters::new(
                 file.clone(),
                 header.layout.cluster_size,
                 header.layout.whole_clusters_end(file.len()),
             )),
-            mark: Arc::new(Mark::new(file.clone(), header.sector)),
-            reclaim: Reclaim::new(header.need_check(), header.layout.whole_clusters_end(file.len())),
+            mark,
+            reclaim: Reclaim::new(unclean, header.layout.whole_clusters_end(file.len())),
             table_locks: [const { tokio::sync::Mutex::const_new(()) }; TABLE_LOCKS],
             flusher,
             tables,
