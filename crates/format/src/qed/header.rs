@@ -103,7 +103,7 @@ impl Fields {
         let number = match file_len {
             // Below 2^51: a file has less than 2^63 bytes.
             Some(len) if len.is_multiple_of(cluster_size) => {
-                AUTOCLEAR_CLEAN_END | len / cluster_size << CLEAN_END_SHIFT
+                AUTOCLEAR_CLEAN_END | ((len / cluster_size) << CLEAN_END_SHIFT)
             }
             _ => 0,
         };
