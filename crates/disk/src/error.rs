@@ -1,5 +1,7 @@
 //! Why a layer could not read, write or flush. Shared by all who waited for the same thing.
 
+use std::ops::Range;
+
 use readonce_format::FormatError;
 use readonce_origin::FetchError;
 use readonce_storage::flat::is_no_space;
@@ -27,6 +29,14 @@ pub enum LayerError {
     /// An earlier write or sync of the image failed: writes and flushes fail until it is opened again.
     #[error("writes are off since an earlier failure: {0}")]
     Latched(String),
+    /// The image was closed, and is clean, without these bytes that its guest had written and not flushed.
+    #[error("could not save guest bytes {}: {cause}", in_words(ranges))]
+    Unsaved {
+        /// Guest offsets, bytes.
+        ranges: Vec<Range<u64>>,
+        /// Why.
+        cause: String,
+    },
     /// Zeros would have to be written out, and that was not wanted.
     #[error("zeroing this range would not be fast")]
     NotFast,
@@ -64,4 +74,9 @@ impl From<LayerError> for DeviceError {
             other => Self::Io(other.to_string()),
         }
     }
+}
+
+fn in_words(ranges: &[Range<u64>]) -> String {
+    let words: Vec<_> = ranges.iter().map(|range| format!("{:#x}..{:#x}", range.start, range.end)).collect();
+    words.join(", ")
 }

@@ -99,6 +99,16 @@ impl Image {
         unlinked.into_iter().for_each(Unlinked::reuse);
     }
 
+    /// The same at the end: no flush comes later that would try again. A fetch that began before may end by what the origin was
+    /// then, so that what it leaves gets one more.
+    async fn complete_last(&self) -> Result<(), LayerError> {
+        let began_before = self.table().is_guest_fetching();
+        match self.complete_guest_units().await {
+            Err(_) if began_before => self.complete_guest_units().await,
+            done => done,
+        }
+    }
+
     /// Brings every unit that was written in part into the image.
     async fn complete_guest_units(&self) -> Result<(), LayerError> {
         let work = self.table().begin_flush();
@@ -199,11 +209,11 @@ impl Image {
     /// Ends all use: flushes, then closes the image clean. No guest request may be under way.
     ///
     /// # Errors
-    /// Guest bytes that could not be saved are named; the image is closed clean without them.
+    /// `Unsaved` names the guest bytes that could not be saved; the image is closed clean without them.
     pub async fn close(&self, wait_max: Duration) -> Result<(), LayerError> {
         let gone = LayerError::NoBacking("the image is being closed".into());
         self.table().abandon_fetches(&gone);
-        let completed = timeout(&self.rt, wait_max, self.complete_guest_units()).await;
+        let completed = timeout(&self.rt, wait_max, self.complete_last()).await;
         self.wait_local().await;
         // From here on nobody claims a unit; who did before is waited for.
         self.rounds.closing.store(true, Ordering::Release);
@@ -228,8 +238,6 @@ impl Image {
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("not done after {} s", wait_max.as_secs()),
         };
-        let ranges: Vec<String> =
-            unsaved.iter().map(|range| format!("{:#x}..{:#x}", range.start, range.end)).collect();
-        Err(LayerError::Io(format!("could not save guest bytes {}: {cause}", ranges.join(", "))))
+        Err(LayerError::Unsaved { ranges: unsaved, cause })
     }
 }

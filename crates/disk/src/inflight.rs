@@ -584,6 +584,11 @@ impl<R> InFlight<R> {
         }
     }
 
+    /// Whether a unit with guest bytes is being fetched.
+    pub fn is_guest_fetching(&self) -> bool {
+        self.entries.values().any(|entry| entry.is_guest() && matches!(entry.state, State::Fetching(_)))
+    }
+
     /// What a flush must wait for: every unit with guest bytes. What had failed is started again.
     pub fn begin_flush(&mut self) -> FlushWork<R> {
         let mut waits = Vec::new();

@@ -203,6 +203,39 @@ fn while_the_origin_is_away_guest_bytes_stay_and_the_next_flush_tries_again() {
     });
 }
 
+/// A guest that shuts down just when one answer of its origin is bad would lose what it wrote last, though the next is good.
+#[test]
+fn a_close_asks_once_more_for_what_was_being_fetched_when_it_began() {
+    for_kinds(&[QED, QCOW2], |kind| {
+        let world = World::new(Kind { cluster_size: CLUSTER, ..kind }, 9, SIZE);
+        *world.origin.fail_of_256.lock() = 256;
+        *world.origin.hold_ms.lock() = 100;
+        let (origin, rt) = (Arc::clone(&world.origin), world.exec.rt());
+        world.run(|image| async move {
+            image.write(512, Bytes::from(vec![7; 512])).await.expect("a write does not need the origin");
+            rt.sleep(Duration::from_millis(50)).await;
+            assert_eq!(origin.asked.lock().len(), 1, "its fetch is under way, and will fail");
+            *origin.fail_of_256.lock() = 0;
+            image.close(Duration::from_secs(60)).await.expect("the origin is well");
+        });
+    });
+}
+
+#[test]
+fn a_close_names_what_it_could_not_save() {
+    for_kinds(&[QED, QCOW2], |kind| {
+        let world = World::new(Kind { cluster_size: CLUSTER, ..kind }, 10, SIZE);
+        *world.origin.fail_of_256.lock() = 256;
+        world.run(|image| async move {
+            image.write(512, Bytes::from(vec![7; 512])).await.expect("a write does not need the origin");
+            image.write(CLUSTER, Bytes::from(vec![7; CLUSTER as usize])).await.expect("a whole cluster");
+            let closed = image.close(Duration::from_secs(60)).await;
+            let Err(LayerError::Unsaved { ranges, .. }) = closed else { panic!("{closed:?}") };
+            assert_eq!(ranges, [512..1024]);
+        });
+    });
+}
+
 #[test]
 fn a_fill_of_zeros_takes_no_room() {
     for_kinds(&[QED, QCOW2], |kind| {

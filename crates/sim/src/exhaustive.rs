@@ -21,7 +21,7 @@ use crate::{
     model::{Ended, Model},
     plan::Op,
     shape::{Layout, Remote, Shape},
-    verdict::{Leaks, Look, Qemu, judge},
+    verdict::{Flags, Leaks, Look, Qemu, judge},
     world::{Disks, OpenAs, Wanted, World},
 };
 
@@ -96,6 +96,7 @@ fn layouts() -> Vec<Layout> {
         cluster_size,
         data_file: false,
         snapshots: true,
+        packed: false,
         lazy: options.iter().any(|(name, _)| *name == "lazy_refcounts"),
     };
     let qed = Layout {
@@ -104,6 +105,7 @@ fn layouts() -> Vec<Layout> {
         cluster_size: 4096,
         data_file: false,
         snapshots: false,
+        packed: false,
         lazy: false,
     };
     vec![
@@ -249,8 +251,10 @@ impl Script {
             model = perform(&world, &disks, model, act, kept.as_deref());
             disks = disks.map(|file| file.crash_with(|_| true));
             let mut counts = Counts::default();
-            model = look(&world, &disks, &model, None, Leaks::Allowed, &mut counts);
+            model = look(&world, &disks, &model, None, Flags::Right, &mut counts);
         }
+        let cut_snapshot = matches!(self.act, Act::Change(Wanted::Snapshot(_)));
+        let flags = if cut_snapshot && self.shape.top.is_version_2() { Flags::MayLag } else { Flags::Right };
         let mut counts = Counts::default();
         for point in 1.. {
             let disks = disks.map(|file| file.crash_with(|_| true));
@@ -259,7 +263,7 @@ impl Script {
             counts.points += 1;
             for keep in subsets(disks.top.unsynced_count(), point) {
                 let disks = disks.map(|file| file.crash_with(|index| keep.contains(&index)));
-                look(&world, &disks, &after, self.may_have, Leaks::Allowed, &mut counts);
+                look(&world, &disks, &after, self.may_have, flags, &mut counts);
             }
             if disks.top.fault_hits() == 0 {
                 return counts;
@@ -292,8 +296,8 @@ fn perform(world: &Arc<World>, disks: &Disks, model: Model, act: &Act, kept: Opt
             let server = world.server(exec.rt(), 5);
             let faults = Arc::new(Faults {
                 server: Arc::clone(&server),
-                files: disks.all().cloned().collect(),
-                eio: true,
+                own: disks.own(),
+                below: disks.below(),
                 scarce: false,
             });
             let (world, inner, disks) = (Arc::clone(world), Arc::clone(&exec), disks.clone());
@@ -360,12 +364,17 @@ fn look(
     disks: &Disks,
     model: &Model,
     may_have: Option<u64>,
-    leaks: Leaks,
+    flags: Flags,
     counts: &mut Counts,
 ) -> Model {
     let shared = Shared { model: model.clone(), digest: Digest::default(), ops: 0 };
     let shared = Arc::new(Mutex::new(shared));
     counts.states += 1;
-    judge(world, disks, &shared, Look { seed: counts.states, leaks, qemu: Qemu::Leave, may_have });
+    judge(
+        world,
+        disks,
+        &shared,
+        Look { seed: counts.states, leaks: Leaks::Allowed, flags, qemu: Qemu::Leave, may_have },
+    );
     shared.lock().model.clone()
 }

@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use readonce_disk::{BlockDevice, DeviceError, Disk, Image, ZeroMode};
-use readonce_storage::{Rt, SimFile, runtime::timeout};
+use readonce_storage::{Rt, SimFile, runtime::timeout, sim::Fault};
 
 use crate::{
     exec::Digest,
@@ -33,10 +33,10 @@ pub struct Shared {
 pub struct Faults {
     /// The origin.
     pub server: Arc<Server>,
-    /// The disks.
-    pub files: Vec<Arc<SimFile>>,
-    /// The disk may answer EIO, not just "no space".
-    pub eio: bool,
+    /// Files of the guests' image.
+    pub own: Vec<Arc<SimFile>>,
+    /// Files of what lies between it and the origin.
+    pub below: Vec<Arc<SimFile>>,
     /// Memory for what is in flight is scarce: writes may have to wait for the origin.
     pub scarce: bool,
 }
@@ -59,15 +59,28 @@ pub struct Guest {
 }
 
 impl Faults {
-    /// The origin met a fault.
-    pub fn origin(&self) -> bool {
-        self.server.fault_hits() > 0
+    /// What lies behind the guests' image met a fault that its readers may see.
+    pub fn behind(&self) -> bool {
+        self.server.fault_hits() > 0 || hits(&self.below, &[Fault::Eio]) > 0
     }
 
-    /// A disk met a fault.
-    pub fn disk(&self) -> bool {
-        self.files.iter().any(|file| file.fault_hits() > 0)
+    /// The guests' image met a fault of its disk.
+    pub fn own(&self) -> bool {
+        hits(&self.own, &ALL) > 0
     }
+
+    /// Any disk met a fault.
+    pub fn disk(&self) -> bool {
+        self.own() || hits(&self.below, &ALL) > 0
+    }
+}
+
+const ALL: [Fault; 3] = [Fault::Eio, Fault::NoSpace, Fault::SyncFails];
+
+/// How often these files met these faults.
+pub fn hits(files: &[Arc<SimFile>], faults: &[Fault]) -> u64 {
+    let of = |file: &Arc<SimFile>| faults.iter().map(|&fault| file.fault_hits_of(fault)).sum::<u64>();
+    files.iter().map(of).sum()
 }
 
 /// Guests, each a task of its own; done when all of them are.
@@ -127,7 +140,7 @@ impl Guest {
 
     /// I5: what fills an image may fail by "no space" as it likes, the read does not.
     fn reads_may_fail(&self) -> bool {
-        self.faults.origin() || (self.faults.eio && self.faults.disk())
+        self.faults.behind() || hits(&self.faults.own, &[Fault::Eio]) > 0
     }
 
     fn may_fail(&self, what: &str, error: Option<DeviceError>, may: bool) {
@@ -191,7 +204,7 @@ impl Guest {
         let ended = if result.is_ok() { done } else { Ended::Maybe };
         self.shared.lock().model.end_write(first, count, begin, ended);
         let ok = result.is_ok();
-        let may = self.faults.disk() || (self.faults.scarce && self.faults.origin());
+        let may = self.faults.own() || (self.faults.scarce && self.faults.behind());
         self.may_fail(what, result.err(), may);
         ok
     }
@@ -200,7 +213,7 @@ impl Guest {
         let begin = self.shared.lock().model.tick();
         match self.disk.flush().await {
             Ok(()) => self.shared.lock().model.end_flush(begin),
-            Err(error) => self.may_fail("flush", Some(error), self.faults.disk() || self.faults.origin()),
+            Err(error) => self.may_fail("flush", Some(error), self.faults.own() || self.faults.behind()),
         }
     }
 

@@ -149,6 +149,8 @@ fn parse(line: &str) -> Figures {
         ops: next(),
         crashes: next(),
         closes: next(),
+        refusals: next(),
+        cut_changes: next(),
         faults: next(),
         polls: next(),
         working: Duration::from_nanos(next()),
@@ -177,8 +179,11 @@ pub fn work(args: &Args, watch: Watch) -> ExitCode {
         figures.add(&outcome.figures);
         seed = seed.saturating_add(args.step);
     }
-    let Figures { runs, ops, crashes, closes, faults, polls, working, whole } = figures;
+    let Figures { runs, ops, crashes, closes, refusals, cut_changes, faults, polls, working, whole } =
+        figures;
     let (working, whole) = (working.as_nanos(), whole.as_nanos());
-    println!("figures {runs} {ops} {crashes} {closes} {faults} {polls} {working} {whole}");
+    println!(
+        "figures {runs} {ops} {crashes} {closes} {refusals} {cut_changes} {faults} {polls} {working} {whole}"
+    );
     ExitCode::SUCCESS
 }

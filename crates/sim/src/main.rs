@@ -117,8 +117,15 @@ fn main() -> ExitCode {
 fn print(figures: &Figures) {
     let rate = |time: Duration| figures.ops as f64 / time.as_secs_f64().max(1e-9);
     println!(
-        "{} runs, {} guest operations, {} power losses, {} clean closes, {} faults",
-        figures.runs, figures.ops, figures.crashes, figures.closes, figures.faults
+        "{} runs, {} guest operations, {} power losses while guests were at work, {} while images were changed, {} clean closes, \
+         {} images refused by their disk, {} faults",
+        figures.runs,
+        figures.ops,
+        figures.crashes,
+        figures.cut_changes,
+        figures.closes,
+        figures.refusals,
+        figures.faults
     );
     println!(
         "{:.0} operations/s on one core at work; {:.0} with checks and read-backs; {:.1} steps an operation",

@@ -7,7 +7,7 @@
 //!
 //! Not here: who reads and writes (`guest`).
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, ops::Range};
 
 use crate::stamp;
 
@@ -45,6 +45,8 @@ pub struct Model {
     /// Begins of the reads under way.
     reads: BTreeMap<Tick, ()>,
     writes: u64,
+    /// Cells that a close named as lost, and the flush that they fall back to.
+    unsaved: (Vec<Range<u64>>, Tick),
 }
 
 /// Whether an ended write must be seen.
@@ -59,8 +61,15 @@ pub enum Ended {
 impl Model {
     /// A disk whose cells of `cell_size` bytes are now what `stamps` says.
     pub fn new(cell_size: u64, stamps: impl IntoIterator<Item = u64>) -> Self {
-        let mut model =
-            Self { cell_size, cells: Vec::new(), tick: 1, flushed: 0, reads: BTreeMap::new(), writes: 0 };
+        let mut model = Self {
+            cell_size,
+            cells: Vec::new(),
+            tick: 1,
+            flushed: 0,
+            reads: BTreeMap::new(),
+            writes: 0,
+            unsaved: (Vec::new(), 0),
+        };
         model.cells = stamps.into_iter().map(|stamp| model.settled(stamp)).collect();
         model
     }
@@ -150,6 +159,27 @@ impl Model {
         self.flushed = self.flushed.max(begin);
     }
 
+    /// A close that began then made all durable but what was written to these bytes since the last flush.
+    ///
+    /// # Panics
+    /// When they are not cells that were written since.
+    pub fn end_close(&mut self, begin: Tick, unsaved: &[Range<u64>]) {
+        let cells = |range: &Range<u64>| range.start / self.cell_size..range.end.div_ceil(self.cell_size);
+        let unsaved: Vec<_> = unsaved.iter().map(cells).collect();
+        for at in unsaved.iter().cloned().flatten() {
+            let history = &self.cells[at as usize].history;
+            let unflushed = history.iter().any(|entry| entry.end.is_none_or(|end| end > self.flushed));
+            assert!(unflushed, "cell {at} was named as not saved, and a flush had saved it: {history:x?}");
+        }
+        self.unsaved = (unsaved, self.flushed);
+        self.end_flush(begin);
+    }
+
+    fn durable_since(&self, cell: u64) -> Tick {
+        let (unsaved, before) = &self.unsaved;
+        if unsaved.iter().any(|range| range.contains(&cell)) { *before } else { self.flushed }
+    }
+
     /// Power was lost, and these bytes were found from `first` on: from now on that is what there is. To be told of every
     /// cell, then [`Model::end_restart`].
     ///
@@ -157,12 +187,12 @@ impl Model {
     /// When something is lost that must have survived.
     pub fn restart(&mut self, first: u64, bytes: &[u8]) {
         for (at, bytes) in (first..).zip(bytes.chunks_exact(self.cell_size as usize)) {
-            let cell = &self.cells[at as usize];
+            let (cell, since) = (&self.cells[at as usize], self.durable_since(at));
             match stamp::of_bytes(bytes) {
-                Some(stamp) if cell.check(stamp, self.flushed, 0) => {
+                Some(stamp) if cell.check(stamp, since, 0) => {
                     self.cells[at as usize] = self.settled(stamp);
                 }
-                stamp => cell.wrong("after the crash", at, stamp, self.flushed),
+                stamp => cell.wrong("after the crash", at, stamp, since),
             }
         }
     }
@@ -170,6 +200,7 @@ impl Model {
     /// All cells are known, and what they hold is durable.
     pub fn end_restart(&mut self) {
         self.reads.clear();
+        self.unsaved.0.clear();
         self.flushed = self.tick();
         self.tick += 1;
     }

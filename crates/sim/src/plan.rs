@@ -36,15 +36,15 @@ pub struct Session {
     /// What the schedule is drawn from.
     pub schedule: u64,
     /// What is done to the closed image before it.
-    pub before: Vec<Numbered<Change>>,
+    pub before: Vec<Numbered<Changing>>,
     /// The top fills.
     pub copy_on_read: bool,
     /// Bound of what is in flight, bytes, both kinds.
     pub budget: u64,
     /// Requests of each guest, in order.
     pub guests: Vec<Vec<Numbered<Op>>>,
-    /// The image's disk.
-    pub disk_faults: Vec<Numbered<DiskFault>>,
+    /// The images' disks, while they are opened too.
+    pub disk_faults: Vec<Numbered<(Which, DiskFault)>>,
     /// The origin, by the number of the request.
     pub origin_faults: Vec<Numbered<(u64, OriginFault)>>,
     /// How it ends.
@@ -95,7 +95,27 @@ pub enum Change {
     Repair,
 }
 
-/// A fault of the image's disk: from the nth operation that it can hit.
+/// A change of a closed image, after which the power goes; or in the middle of it, where it meets a fault of its disk.
+#[derive(Debug, Clone, Copy)]
+pub struct Changing {
+    /// What.
+    pub change: Change,
+    /// Counted from the change's start.
+    pub fault: Option<DiskFault>,
+}
+
+/// Which of the images' disks; where there is no such one, the top's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Which {
+    /// The top image's own.
+    Top,
+    /// The one with its data.
+    Data,
+    /// The one of the image below.
+    Middle,
+}
+
+/// A fault of an image's disk: from the nth operation that it can hit.
 #[derive(Debug, Clone, Copy)]
 pub struct DiskFault {
     /// Counted from 1, from the start of the session.
@@ -140,8 +160,11 @@ pub enum OriginFault {
 /// How a session ends.
 #[derive(Debug, Clone, Copy)]
 pub enum End {
-    /// Guests end, the image is closed clean.
-    Close,
+    /// Guests end, the images are closed, after all faults were healed or not.
+    Close {
+        /// They were.
+        healed: bool,
+    },
     /// The power goes after so many steps of the executor; the seed draws what the disk keeps.
     PowerLoss(u64, u64),
 }
@@ -190,7 +213,6 @@ impl Plan {
             session.guests.iter_mut().for_each(|guest| keep(out, guest));
             session.guests.retain(|guest| !guest.is_empty());
         }
-        // A session in which nothing happens but its power loss, after one that was closed, is none.
         self
     }
 
@@ -226,22 +248,25 @@ impl Draw {
         let origin_faults = if self.once_in(2) { 0 } else { self.rng.random_range(1..6) };
         let changes = if number == 0 { 0 } else { self.rng.random_range(0..3) };
         let cluster = shape.top.cluster_size;
-        let local = self.once_in(3);
+        // Everything at once on few clusters, and next to no memory for it.
+        let crowded = self.once_in(5);
+        let local = crowded || self.once_in(3);
+        let budgets = if crowded { [3 * cluster, 1, 1, 1] } else { [64 << 20, 64 << 20, 3 * cluster, 1] };
         Session {
             schedule: self.rng.random(),
             before: (0..changes)
                 .map(|_| {
-                    let change = self.change();
-                    self.numbered(change)
+                    let changing = self.changing();
+                    self.numbered(changing)
                 })
                 .collect(),
             copy_on_read: !self.once_in(5),
-            budget: [64 << 20, 64 << 20, 3 * cluster, 1][self.rng.random_range(0..4)],
+            budget: budgets[self.rng.random_range(0..4)],
             guests: (0..guests)
                 .map(|_| {
                     (0..ops)
                         .map(|_| {
-                            let op = self.op(local);
+                            let op = if crowded { self.crowded_op() } else { self.op(local) };
                             self.numbered(op)
                         })
                         .collect()
@@ -249,7 +274,7 @@ impl Draw {
                 .collect(),
             disk_faults: (0..disk_faults)
                 .map(|_| {
-                    let fault = self.disk_fault();
+                    let fault = (self.which(), self.disk_fault());
                     self.numbered(fault)
                 })
                 .collect(),
@@ -260,7 +285,7 @@ impl Draw {
                 })
                 .collect(),
             end: if last || self.once_in(4) {
-                End::Close
+                End::Close { healed: last || self.rng.random() }
             } else {
                 let polls_max: u64 = 1 << self.rng.random_range(4..15);
                 End::PowerLoss(self.rng.random_range(0..polls_max), self.rng.random())
@@ -297,6 +322,34 @@ impl Draw {
         }
     }
 
+    /// What may race with fills and with each other.
+    fn crowded_op(&mut self) -> Op {
+        let (at, len) = self.range(true);
+        match self.rng.random_range(0..100) {
+            0..35 => Op::Read(at, len),
+            35..38 => Op::Cache(at, len),
+            38..40 => Op::Abandon(at, len),
+            40..55 => Op::Zero(at, len, self.rng.random()),
+            55..70 => Op::Trim(at, len),
+            70..90 => Op::Write(at, len),
+            90..94 => Op::Flush,
+            94..99 => Op::Pause([1, 30, 600, 7_000][self.rng.random_range(0..4)]),
+            _ => Op::CopyOnRead(self.rng.random()),
+        }
+    }
+
+    fn changing(&mut self) -> Changing {
+        let change = self.change();
+        let fault = (!self.once_in(3)).then(|| {
+            let fault = [Fault::Eio, Fault::Eio, Fault::Eio, Fault::NoSpace, Fault::SyncFails]
+                [self.rng.random_range(0..5)];
+            let nth_max = if fault == Fault::SyncFails { 6 } else { 1 << self.rng.random_range(1..8) };
+            let lasts = if self.once_in(3) { Lasts::Once } else { Lasts::ForGood };
+            DiskFault { nth: self.rng.random_range(1..=nth_max), fault, lasts }
+        });
+        Changing { change, fault }
+    }
+
     fn change(&mut self) -> Change {
         match self.rng.random_range(0..10) {
             0..2 => Change::Grow(self.rng.random_range(1..200)),
@@ -306,6 +359,10 @@ impl Draw {
             8 => Change::Rename,
             _ => Change::Repair,
         }
+    }
+
+    fn which(&mut self) -> Which {
+        [Which::Top, Which::Top, Which::Data, Which::Middle][self.rng.random_range(0..4)]
     }
 
     fn disk_fault(&mut self) -> DiskFault {

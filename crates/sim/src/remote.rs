@@ -1,4 +1,5 @@
-//! Remote: the file that the origin serves: the cells of a backing, raw or as a qcow2 image.
+//! Remote: the file that the origin serves: the cells of a backing, raw or as a qcow2 image. Images with compressed clusters, too,
+//! that only need a backing.
 //!
 //! - The image is put together here, apart from the driver: what the driver reads was not written by it. Compressed clusters are
 //!   packed one behind the other, as `qemu-img convert -c` does it.
@@ -12,7 +13,7 @@ use bytes::Bytes;
 use crate::{shape::Remote, stamp};
 
 /// Bytes of a cluster of the remote image.
-const CLUSTER: usize = 4096;
+pub const CLUSTER: usize = 4096;
 const CLUSTER_BITS: u32 = 12;
 /// Entries of an L2 table, and of a refcount block.
 const L2_ENTRIES: usize = CLUSTER / 8;
@@ -26,15 +27,29 @@ pub fn file(remote: Remote, version: u64, len: u64, cell: u64) -> Bytes {
     stamp::fill(&mut guest, cell, 0, |at| stamp::of_backing(version, at));
     match remote {
         Remote::Raw => guest.into(),
-        Remote::Qcow2 => image(&guest, Packing::Plain),
-        Remote::Compressed => image(&guest, Packing::Compressed),
+        Remote::Qcow2 => image(&guest, Packing::Plain, Zeros::Said),
+        Remote::Compressed => image(&guest, Packing::Compressed, Zeros::Said),
     }
+}
+
+/// A qcow2 image without a backing in which clusters of zeros are absent and the others compressed.
+pub fn packed(guest: &[u8]) -> Bytes {
+    image(guest, Packing::Compressed, Zeros::Absent)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Packing {
     Plain,
     Compressed,
+}
+
+/// What stands for a cluster of zeros.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Zeros {
+    /// In turn nothing and a zero cluster: without a backing both read as zeros.
+    Said,
+    /// Nothing.
+    Absent,
 }
 
 fn put_u32(file: &mut [u8], at: usize, value: u32) {
@@ -46,7 +61,7 @@ fn put_u64(file: &mut [u8], at: usize, value: u64) {
 }
 
 /// A qcow2 image, version 3, of these bytes.
-fn image(guest: &[u8], packing: Packing) -> Bytes {
+fn image(guest: &[u8], packing: Packing, zeros: Zeros) -> Bytes {
     let clusters = guest.len().div_ceil(CLUSTER);
     let tables = clusters.div_ceil(L2_ENTRIES).max(1);
     assert!(tables <= L2_ENTRIES, "the L1 table is one cluster");
@@ -67,8 +82,8 @@ fn image(guest: &[u8], packing: Packing) -> Bytes {
     for (index, bytes) in guest.chunks(CLUSTER).enumerate() {
         let entry = l1 + CLUSTER + index * 8;
         if bytes.iter().all(|&byte| byte == 0) {
-            // Absent without a backing, or a zero cluster: both read as zeros.
-            put_u64(&mut file, entry, (index % 2) as u64);
+            let is_zero_cluster = zeros == Zeros::Said && index % 2 == 1;
+            put_u64(&mut file, entry, u64::from(is_zero_cluster));
             continue;
         }
         let mut whole = bytes.to_vec();

@@ -5,27 +5,27 @@
 //! Not here: what is drawn (`plan`), what must be true afterwards (`verdict`).
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
-use readonce_disk::{Disk, Top};
+use readonce_disk::{Disk, LayerError, Top};
 use readonce_format::driver::SnapshotChange;
 use readonce_storage::{
-    ReadAt,
+    ReadAt, Storage,
     sim::{Fault, NowCalls},
 };
 
 use crate::{
     bug::Bug,
     exec::{Digest, Exec},
-    guest::{self, Faults, Guest, Shared},
-    model::Model,
-    plan::{Change, End, Plan, Session},
-    verdict::{Leaks, Look, Qemu, judge},
+    guest::{self, Faults, Guest, Shared, hits},
+    model::{Ended, Model},
+    plan::{Change, Changing, End, Plan, Session, Which},
+    verdict::{Flags, Leaks, Look, Qemu, judge},
     world::{Disks, OpenAs, Opened, Wanted, World},
 };
 
@@ -43,6 +43,10 @@ pub struct Figures {
     pub crashes: u64,
     /// Images closed clean.
     pub closes: u64,
+    /// Images that did not open, because their disks failed.
+    pub refusals: u64,
+    /// Changes of closed images that a fault or a power loss cut off.
+    pub cut_changes: u64,
     /// Faults of disks and origin that were met.
     pub faults: u64,
     /// Steps of the executor while guests were at work.
@@ -60,6 +64,8 @@ impl Figures {
         self.ops += other.ops;
         self.crashes += other.crashes;
         self.closes += other.closes;
+        self.refusals += other.refusals;
+        self.cut_changes += other.cut_changes;
         self.faults += other.faults;
         self.polls += other.polls;
         self.working += other.working;
@@ -99,6 +105,8 @@ struct Run {
     renames: usize,
     /// Something happened that may leave leaks.
     leaky: bool,
+    /// Something happened that may leave flags behind.
+    flags: Flags,
 }
 
 /// Does all that a plan says.
@@ -127,6 +135,7 @@ pub fn run(plan: &Plan, watch: Watch) -> Outcome {
         snapshots_made: 0,
         renames: 0,
         leaky: false,
+        flags: Flags::Right,
     };
     plan.sessions.iter().for_each(|session| run.session(session));
     let shared = run.shared.lock();
@@ -138,18 +147,12 @@ pub fn run(plan: &Plan, watch: Watch) -> Outcome {
 impl Run {
     fn session(&mut self, session: &Session) {
         for (_, change) in &session.before {
-            self.change(*change);
+            self.change(change);
         }
         let start = Instant::now();
         let exec = Exec::new(session.schedule);
         let server = self.world.server(exec.rt(), 40);
         let how = OpenAs { copy_on_read: session.copy_on_read, budget: session.budget };
-        // Opening meets no faults: whether an image opens that cannot be read is not the question here.
-        let opened = {
-            let (world, disks) = (Arc::clone(&self.world), self.disks.clone());
-            let (inner, server) = (Arc::clone(&exec), Arc::clone(&server));
-            exec.run(async move { world.open(&disks, &inner, &server, how).await.expect("the images open") })
-        };
         server.arm(session.origin_faults.iter().map(|(_, fault)| *fault));
         for file in self.disks.all() {
             file.set_yields(self.rng.random(), 2);
@@ -157,29 +160,40 @@ impl Run {
                 file.set_now_calls(NowCalls::Random(self.rng.random()));
             }
         }
-        for (_, fault) in &session.disk_faults {
-            self.disks.top.fail_nth(fault.nth, fault.fault, fault.lasts);
+        for (_, (which, fault)) in &session.disk_faults {
+            self.disks.file(*which).fail_nth(fault.nth, fault.fault, fault.lasts);
         }
-        let files: Vec<_> = self.disks.all().cloned().collect();
-        let any = |fault| session.disk_faults.iter().any(|(_, planned)| planned.fault == fault);
         let faults = Arc::new(Faults {
             server: Arc::clone(&server),
-            files: files.clone(),
-            eio: any(Fault::Eio),
+            own: self.disks.own(),
+            below: self.disks.below(),
             scarce: session.budget < 1 << 20,
         });
-        let may_latch = any(Fault::Eio) || any(Fault::SyncFails);
-        let guests = self.guests(session, &exec, &opened, &faults);
-        let closed = match session.end {
-            End::PowerLoss(polls, _) => {
-                exec.run_for(guests, polls);
+        let opened = {
+            let (world, disks) = (Arc::clone(&self.world), self.disks.clone());
+            let (inner, server) = (Arc::clone(&exec), Arc::clone(&server));
+            exec.run(async move { world.open(&disks, &inner, &server, how).await })
+        };
+        let closed = match (opened, session.end) {
+            (Err(error), _) => {
+                assert!(faults.disk(), "the images do not open: {error}");
+                self.figures.refusals += 1;
                 false
             }
-            End::Close => {
-                exec.run(guests);
-                server.heal();
-                files.iter().for_each(|file| file.heal());
-                self.close(&exec, opened, !may_latch || !faults.disk())
+            (Ok(opened), End::PowerLoss(polls, _)) => {
+                exec.run_for(self.guests(session, &exec, &opened, &faults), polls);
+                self.figures.crashes += 1;
+                false
+            }
+            (Ok(opened), End::Close { healed }) => {
+                exec.run(self.guests(session, &exec, &opened, &faults));
+                if healed {
+                    server.heal();
+                    self.disks.all().for_each(|file| file.heal());
+                }
+                let clean = self.close(&exec, opened, &faults);
+                self.figures.closes += u64::from(clean);
+                clean
             }
         };
         exec.power_off();
@@ -187,24 +201,23 @@ impl Run {
         let keep = match session.end {
             End::PowerLoss(_, keep) => keep,
             // After a clean close nothing is owed to luck either: the power goes now.
-            End::Close => self.rng.random(),
+            End::Close { .. } => self.rng.random(),
         };
         let mut each = SmallRng::seed_from_u64(keep);
-        self.figures.faults += server.fault_hits() + files.iter().map(|file| file.fault_hits()).sum::<u64>();
+        self.figures.faults +=
+            server.fault_hits() + self.disks.all().map(|file| file.fault_hits()).sum::<u64>();
         // What a power loss before the first sync leaks has no mark yet, and stays until a check: only what was never cut off
         // or refused must be without leaks.
         self.leaky |= !closed || faults.disk();
         let leaks = if self.leaky { Leaks::Allowed } else { Leaks::None };
         self.disks = self.disks.map(|file| file.crash(each.random()));
-        self.figures.crashes += u64::from(!closed);
-        self.figures.closes += u64::from(closed);
         self.figures.working += start.elapsed();
         {
             let mut shared = self.shared.lock();
             shared.digest.add(exec.digest());
             self.disks.all().for_each(|file| shared.digest.add(file.len()));
         }
-        self.look(leaks);
+        self.look(leaks, None);
     }
 
     /// All guests of a session.
@@ -227,81 +240,166 @@ impl Run {
         guest::all(session.guests.iter().map(|list| (guest.clone(), ops(list))).collect(), exec.rt())
     }
 
-    /// Closes; whether it was clean, which it must be where nothing latched.
-    fn close(&self, exec: &Arc<Exec>, opened: Opened, must: bool) -> bool {
-        let closed = exec.run(async move {
-            opened.top.close(CLOSE_WAIT).await?;
-            match opened.middle {
+    /// Closes; whether all of it was clean.
+    fn close(&self, exec: &Arc<Exec>, opened: Opened, faults: &Faults) -> bool {
+        let bad_before = faults.server.bad_answers();
+        let full = |files: &[_]| hits(files, &[Fault::NoSpace]);
+        let full_before = [full(&faults.own), full(&faults.below)];
+        // As a chain does it: one that fails does not keep the others open.
+        let (top, middle) = exec.run(async move {
+            let top = opened.top.close(CLOSE_WAIT).await;
+            let middle = match opened.middle {
                 Some(middle) => middle.close(CLOSE_WAIT).await,
                 None => Ok(()),
-            }
+            };
+            (top, middle)
         });
-        match closed {
-            Ok(()) => {
-                let mut shared = self.shared.lock();
-                let now = shared.model.tick();
-                shared.model.end_flush(now);
-                true
+        let explained = |files: &[_], full_before| {
+            hits(files, &[Fault::Eio, Fault::SyncFails]) > 0 || full(files) > full_before
+        };
+        if let Err(error) = &middle {
+            assert!(explained(&faults.below, full_before[1]), "closing the middle failed: {error}");
+        }
+        let mut shared = self.shared.lock();
+        let now = shared.model.tick();
+        match top {
+            Ok(()) => shared.model.end_flush(now),
+            Err(LayerError::Unsaved { ranges, cause }) => {
+                let away = faults.server.bad_answers() > bad_before || hits(&faults.below, &[Fault::Eio]) > 0;
+                assert!(away, "closing lost {ranges:?}, and all was there: {cause}");
+                shared.model.end_close(now, &ranges);
             }
             Err(error) => {
-                assert!(!must, "closing failed, and nothing had latched: {error}");
-                false
+                assert!(explained(&faults.own, full_before[0]), "closing failed, and nothing had: {error}");
+                return false;
             }
         }
+        middle.is_ok()
     }
 
-    fn look(&mut self, leaks: Leaks) {
+    fn look(&mut self, leaks: Leaks, may_have: Option<u64>) {
         let ask = self.watch.qemu_every > 0 && self.rng.random_range(0..self.watch.qemu_every.max(1)) == 0;
         let qemu = if ask { Qemu::Ask } else { Qemu::Leave };
-        let look = Look { seed: self.rng.random(), leaks, qemu, may_have: None };
+        let look = Look { seed: self.rng.random(), leaks, flags: self.flags, qemu, may_have };
         judge(&self.world, &self.disks, &self.shared, look);
     }
 
-    /// A change of the closed image. Whether it did what it should is seen by the next look.
-    fn change(&mut self, change: Change) {
+    /// A change of a closed image. Whether it did what it should is seen by the next look.
+    fn change(&mut self, changing: &Changing) {
+        let Some(wanted) = self.wanted(changing.change) else { return };
+        let changed_file = match wanted {
+            Wanted::Name(_) => self.disks.file(Which::Middle),
+            _ => &self.disks.top,
+        };
+        if let Some(fault) = &changing.fault {
+            changed_file.fail_nth(fault.nth, fault.fault, fault.lasts);
+        }
+        let exec = Exec::new(self.rng.random());
+        let changed = {
+            let (world, disks, wanted) = (Arc::clone(&self.world), self.disks.clone(), wanted.clone());
+            exec.run(async move { world.change(&disks, &wanted).await })
+        };
+        let met = changed_file.fault_hits() > 0;
+        if let Err(error) = &changed {
+            assert!(met, "{wanted:?}: {error}");
+        }
+        self.leaky |= met;
+        match wanted {
+            Wanted::Snapshot(_) if met && self.world.shape.top.is_version_2() => self.flags = Flags::MayLag,
+            Wanted::Repair if changed.is_ok() => self.flags = Flags::Right,
+            _ => {}
+        }
+        self.figures.cut_changes += u64::from(changed.is_err());
+        let ended = if changed.is_ok() { Ended::Done } else { Ended::Maybe };
+        let may_have = self.model_changes(&wanted, ended);
+        // If it ended it is durable: the power may go.
+        let seed = self.rng.random();
+        self.disks = self.disks.map(|file| file.crash(seed));
+        self.look(Leaks::Allowed, may_have);
+        self.list_snapshots(&wanted, ended);
+    }
+
+    /// What a change asks of the format, if it can be asked now.
+    fn wanted(&mut self, change: Change) -> Option<Wanted> {
         let layout = &self.world.shape.top;
         let wanted = match change {
             Change::Grow(sectors) => {
                 let old = self.shared.lock().model.cell_count() * self.world.shape.cell;
                 // A longer backing would show; a snapshot has the old size.
                 if old < self.world.shape.backing_len || !self.snapshots.is_empty() || layout.data_file {
-                    return;
+                    return None;
                 }
-                let size = old + sectors * 512;
-                self.shared.lock().model.grow(size / self.world.shape.cell);
-                Wanted::Size(size)
+                Wanted::Size(old + sectors * 512)
             }
             Change::Rename => {
                 self.renames += 1;
                 Wanted::Name(self.renames)
             }
             Change::Repair => Wanted::Repair,
-            Change::Snapshot | Change::Apply(_) | Change::Delete(_) if !layout.snapshots => return,
+            Change::Snapshot | Change::Apply(_) | Change::Delete(_) if !layout.snapshots => return None,
+            Change::Snapshot if self.snapshots.len() >= layout.snapshots_max() => return None,
             Change::Snapshot => {
                 self.snapshots_made += 1;
                 let name = format!("s{}", self.snapshots_made);
-                self.snapshots.insert(name.clone(), self.shared.lock().model.stamps());
                 Wanted::Snapshot(SnapshotChange::Create { name, date_sec: 0, date_nsec: 0 })
             }
-            Change::Apply(number) => {
-                let Some(name) = self.snapshot(number) else { return };
-                self.shared.lock().model.replace(&self.snapshots[&name]);
-                Wanted::Snapshot(SnapshotChange::Apply(name))
-            }
-            Change::Delete(number) => {
-                let Some(name) = self.snapshot(number) else { return };
-                self.snapshots.remove(&name);
-                Wanted::Snapshot(SnapshotChange::Delete(name))
-            }
+            Change::Apply(number) => Wanted::Snapshot(SnapshotChange::Apply(self.snapshot(number)?)),
+            Change::Delete(number) => Wanted::Snapshot(SnapshotChange::Delete(self.snapshot(number)?)),
         };
+        Some(wanted)
+    }
+
+    /// What guests may see after a change; cells that there may be.
+    fn model_changes(&mut self, wanted: &Wanted, ended: Ended) -> Option<u64> {
+        let mut shared = self.shared.lock();
+        let model = &mut shared.model;
+        let mut may_have = None;
+        match wanted {
+            Wanted::Size(size) => {
+                let cells = size / self.world.shape.cell;
+                match ended {
+                    Ended::Done => model.grow(cells),
+                    Ended::Maybe => may_have = Some(cells),
+                }
+            }
+            Wanted::Snapshot(SnapshotChange::Apply(name)) => {
+                let (stamps, cells) = (&self.snapshots[name], model.cell_count());
+                let begin = model.begin_write(0, cells, |at| stamps[at as usize]);
+                model.end_write(0, cells, begin, ended);
+            }
+            Wanted::Snapshot(SnapshotChange::Create { name, .. }) => {
+                self.snapshots.insert(name.clone(), model.stamps());
+            }
+            _ => {}
+        }
+        model.end_restart();
+        may_have
+    }
+
+    /// The image has the snapshots that it must have; what was cut off may be done or not.
+    fn list_snapshots(&mut self, wanted: &Wanted, ended: Ended) {
         let exec = Exec::new(self.rng.random());
-        let (world, disks) = (Arc::clone(&self.world), self.disks.clone());
-        exec.run(async move { world.change(&disks, &wanted).await.expect("the image is changed") });
-        // It ended durable: the power may go.
-        let seed = self.rng.random();
-        self.disks = self.disks.map(|file| file.crash(seed));
-        self.shared.lock().model.end_restart();
-        self.look(Leaks::Allowed);
+        let (layout, file) = (self.world.shape.top.clone(), self.disks.top.clone());
+        let found = exec.run(async move {
+            let file: Arc<dyn Storage> = file;
+            let snapshots = layout.describe(&file).await.expect("it is an image").snapshots;
+            snapshots.into_iter().map(|snapshot| snapshot.name).collect::<BTreeSet<_>>()
+        });
+        let (name, must_be) = match wanted {
+            Wanted::Snapshot(SnapshotChange::Create { name, .. }) => (name, true),
+            Wanted::Snapshot(SnapshotChange::Delete(name)) => (name, false),
+            _ => (&String::new(), false),
+        };
+        let is = found.contains(name);
+        assert!(is == must_be || ended == Ended::Maybe, "snapshot '{name}': {found:?}");
+        if !is {
+            self.snapshots.remove(name);
+        }
+        assert!(
+            found.iter().eq(self.snapshots.keys()),
+            "snapshots {found:?}, not {:?}",
+            self.snapshots.keys()
+        );
     }
 
     fn snapshot(&self, number: u64) -> Option<String> {

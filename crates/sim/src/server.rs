@@ -44,6 +44,8 @@ struct State {
     /// Where bodies broke off.
     cut_at: Vec<u64>,
     hits: u64,
+    /// Answers that were not good.
+    bad: u64,
     served_bytes: u64,
 }
 
@@ -90,6 +92,11 @@ impl Server {
         self.state.lock().hits
     }
 
+    /// Answers that were not good, so far.
+    pub fn bad_answers(&self) -> u64 {
+        self.state.lock().bad
+    }
+
     /// Bytes of bodies so far.
     pub fn served_bytes(&self) -> u64 {
         self.state.lock().served_bytes
@@ -117,6 +124,9 @@ impl Server {
             fault = None;
         }
         self.rt.sleep(delay).await;
+        if dead || changed || fault.is_some() {
+            self.state.lock().bad += 1;
+        }
         if dead {
             return Err(TransportError::Passing("connection refused".into()));
         }

@@ -2,6 +2,8 @@
 //!
 //! Not here: what happens to it (`plan`), how it is made (`world`).
 
+use crate::remote;
+
 use rand::{Rng, rngs::SmallRng, seq::IndexedRandom};
 
 /// Which formats are drawn.
@@ -45,6 +47,8 @@ pub struct Layout {
     pub data_file: bool,
     /// Internal snapshots can be made.
     pub snapshots: bool,
+    /// Some of its clusters are compressed from the start.
+    pub packed: bool,
     /// After a crash its refcounts are wrong until it is opened for writing.
     pub lazy: bool,
 }
@@ -86,7 +90,7 @@ impl Shape {
             (cluster_size * clusters).min(bytes_max).next_multiple_of(512) + 512 * rng.random_range(0..8);
         let backing_len = rng.random_range(1..=size * 5 / 4 / 512) * 512;
         let middle = (rng.random_range(0..6) == 0).then(|| Middle {
-            layout: Layout { data_file: false, ..Layout::draw(rng, Formats::All) },
+            layout: Layout { data_file: false, packed: false, ..Layout::draw(rng, Formats::All) },
             fills: rng.random(),
         });
         let remote = match rng.random_range(0..6) {
@@ -109,6 +113,15 @@ impl Layout {
         if qed { Self::draw_qed(rng) } else { Self::draw_qcow2(rng) }
     }
 
+    /// More snapshots than refcounts can count are refused.
+    pub fn snapshots_max(&self) -> usize {
+        let bits = self.options.iter().find(|(name, _)| *name == "refcount_bits");
+        match bits.map(|(_, bits)| bits.as_str()) {
+            Some("2") => 2,
+            _ => 14,
+        }
+    }
+
     fn draw_qed(rng: &mut SmallRng) -> Self {
         let cluster_size = *[4096, 4096, 8192, 65536].choose(rng).expect("there are some");
         let table_size = *[1, 1, 2, 4].choose(rng).expect("there are some");
@@ -118,6 +131,7 @@ impl Layout {
             cluster_size,
             data_file: false,
             snapshots: false,
+            packed: false,
             lazy: false,
         }
     }
@@ -129,9 +143,14 @@ impl Layout {
             cluster_size: *[512, 2048, 4096, 4096, 8192, 16384, 65536].choose(rng).expect("there are some"),
             data_file: false,
             snapshots: true,
+            packed: false,
             lazy: false,
         };
         if rng.random_range(0..3) == 0 {
+            layout.packed = rng.random_range(0..3) == 0;
+            if layout.packed {
+                layout.cluster_size = remote::CLUSTER as u64;
+            }
             return layout;
         }
         if rng.random_range(0..5) == 0 {

@@ -65,7 +65,10 @@ pub fn shrink(args: &Args, failed: &Failure) {
     for session in plan.sessions {
         println!("  session: copy on read {}, budget {}", session.copy_on_read, session.budget);
         session.before.iter().for_each(|(id, change)| println!("    [{id}] before: {change:?}"));
-        session.disk_faults.iter().for_each(|(id, fault)| println!("    [{id}] {fault:?}"));
+        session
+            .disk_faults
+            .iter()
+            .for_each(|(id, fault)| println!("    [{id}] {:?}: {:?}", fault.0, fault.1));
         session
             .origin_faults
             .iter()

@@ -48,6 +48,8 @@ pub enum Fault {
     SyncFails,
 }
 
+const FAULTS: [Fault; 3] = [Fault::Eio, Fault::NoSpace, Fault::SyncFails];
+
 /// How long a fault stays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lasts {
@@ -87,7 +89,8 @@ struct Inner {
     now_rng: SmallRng,
     yields: Option<Yields>,
     faults: Vec<ArmedFault>,
-    fault_hits: u64,
+    /// By fault.
+    fault_hits: [u64; FAULTS.len()],
     op_count: u64,
     sync_count: u64,
 }
@@ -161,7 +164,7 @@ impl SimFile {
             now_rng: SmallRng::seed_from_u64(0),
             yields: None,
             faults: Vec::new(),
-            fault_hits: 0,
+            fault_hits: [0; FAULTS.len()],
             op_count: 0,
             sync_count: 0,
         };
@@ -247,7 +250,13 @@ impl SimFile {
 
     /// How many operations failed by a fault. None in a whole run: `n` is past its last operation.
     pub fn fault_hits(&self) -> u64 {
-        self.inner.lock().fault_hits
+        self.inner.lock().fault_hits.iter().sum()
+    }
+
+    /// How many of them by this fault.
+    pub fn fault_hits_of(&self, fault: Fault) -> u64 {
+        let inner = self.inner.lock();
+        FAULTS.iter().zip(inner.fault_hits).find(|(of, _)| **of == fault).map_or(0, |(_, hits)| hits)
     }
 
     /// Takes all faults away.
@@ -433,7 +442,8 @@ impl Inner {
             armed.lasts == Lasts::ForGood
         });
         let Some(fault) = hit else { return Ok(()) };
-        self.fault_hits += 1;
+        let of = FAULTS.iter().zip(&mut self.fault_hits).find(|(of, _)| **of == fault);
+        of.into_iter().for_each(|(_, hits)| *hits += 1);
         let errno = if fault == Fault::NoSpace { libc::ENOSPC } else { libc::EIO };
         Err(io::Error::from_raw_os_error(errno))
     }
