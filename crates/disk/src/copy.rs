@@ -153,7 +153,7 @@ impl Image {
             }
         }
         room.commit(CommitMode::Overwrite);
-        self.note_commit();
+        self.note_commit(0);
         Ok(())
     }
 

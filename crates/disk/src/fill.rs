@@ -89,7 +89,7 @@ impl Image {
         match written {
             Ok(()) => {
                 room.commit(CommitMode::Overwrite);
-                self.note_commit();
+                self.note_commit(0);
                 Stored::Linked
             }
             Err(error) => Stored::Kept(error, Some(room)),
@@ -136,7 +136,7 @@ impl Image {
         }
         let linked = reservation.commit(CommitMode::IfAbsent);
         debug_assert_eq!(linked, len, "the table lets nobody else link a unit that is being filled");
-        self.note_commit();
+        self.note_commit(len);
         Ok(count)
     }
 

@@ -2,7 +2,9 @@
 //!
 //! - A flush first completes the units that were written in part, then lets the format order data and links, then syncs.
 //! - Flushes at the same time share a round: one that arrives while a round runs is served by the next.
-//! - What was committed without a flush is linked in groups: at [`GROUP_BYTES_MAX`], or [`GROUP_MS_MAX`] after its first.
+//! - What was committed without a flush is linked in groups: at [`GROUP_BYTES_MAX`] of fills, or [`GROUP_MS_MAX`] after the first.
+//!   A guest asks for a flush itself where it wants one, and each sync holds up its writes: where there is no fill, a group is as large
+//!   as [`GUEST_GROUP_BYTES_MAX`] and as old as [`GUEST_GROUP_MS_MAX`].
 //! - What a round unlinked is used again once every read and write that may have looked it up has ended (`uses`).
 //! - An image that was idle for [`SETTLE_MS`] loses its dirty mark.
 
@@ -21,10 +23,14 @@ use crate::{
     inflight::{Fetch, Store},
 };
 
-/// Bytes of data that one group links at most before it is closed.
+/// Bytes of fills that one group links at most before it is closed.
 pub const GROUP_BYTES_MAX: u64 = 32 << 20;
-/// How long a group stays open, milliseconds: what a kill may cost in fills.
+/// How long a group with a fill stays open, milliseconds: what a kill may cost in fills.
 pub const GROUP_MS_MAX: u64 = 500;
+/// Bytes that one group links at most, whoever brought them.
+pub const GUEST_GROUP_BYTES_MAX: u64 = 1 << 30;
+/// How long a group without a fill stays open, milliseconds: what a kill may cost a guest that does not flush. ext4 commits as often.
+pub const GUEST_GROUP_MS_MAX: u64 = 5_000;
 /// How long nothing must have been allocated before the dirty mark is taken off, milliseconds; QEMU's QED timer is as long.
 pub const SETTLE_MS: u64 = 5_000;
 
@@ -35,14 +41,17 @@ pub(crate) struct Rounds {
     /// Tickets handed out, and the highest that a finished round has served.
     asked: AtomicU64,
     served: AtomicU64,
-    /// A group is open and its timer runs.
-    group_open: AtomicBool,
+    /// A group with a fill is open and its timer runs; one without.
+    group_open: [AtomicBool; 2],
     /// A full group is about to be closed.
     group_full: AtomicBool,
+    /// Bytes of fills that were committed since the last group was closed.
+    fill_bytes: AtomicU64,
     /// Held by who waits for the users of what was unlinked.
     reusing: tokio::sync::Mutex<()>,
-    /// Commits so far.
+    /// Commits so far, and how many of them an image had that was idle.
     commits: AtomicU64,
+    settled: AtomicU64,
     closing: AtomicBool,
 }
 
@@ -132,28 +141,33 @@ impl Image {
         self.start_stores(stores);
     }
 
-    /// Told after each commit: opens a group, or closes a full one.
-    pub(crate) fn note_commit(&self) {
-        self.rounds.commits.fetch_add(1, Ordering::AcqRel);
-        let full = self.mapper.unlinked_bytes() >= GROUP_BYTES_MAX;
-        let opened = !self.rounds.group_open.swap(true, Ordering::AcqRel);
+    /// Told after each commit: opens a group, or closes a full one. `fill_bytes`: how many came from the backing.
+    pub(crate) fn note_commit(&self, fill_bytes: u64) {
+        let rounds = &self.rounds;
+        rounds.commits.fetch_add(1, Ordering::AcqRel);
+        let filled = rounds.fill_bytes.fetch_add(fill_bytes, Ordering::AcqRel) + fill_bytes;
+        let full = filled >= GROUP_BYTES_MAX || self.mapper.unlinked_bytes() >= GUEST_GROUP_BYTES_MAX;
+        let (kind, ms_max) = if fill_bytes > 0 { (0, GROUP_MS_MAX) } else { (1, GUEST_GROUP_MS_MAX) };
+        let opened = !rounds.group_open[kind].swap(true, Ordering::AcqRel);
         if opened {
             let image = self.shared();
-            self.rt.spawn(Box::pin(async move { image.group_timer().await }));
-        } else if full && !self.rounds.group_full.swap(true, Ordering::AcqRel) {
+            self.rt.spawn(Box::pin(async move { image.group_timer(kind, ms_max).await }));
+        }
+        if full && !rounds.group_full.swap(true, Ordering::AcqRel) {
             let image = self.shared();
             self.rt.spawn(Box::pin(async move { image.close_group().await }));
         }
     }
 
-    async fn group_timer(&self) {
-        self.rt.sleep(Duration::from_millis(GROUP_MS_MAX)).await;
-        self.rounds.group_open.store(false, Ordering::Release);
+    async fn group_timer(&self, kind: usize, ms_max: u64) {
+        self.rt.sleep(Duration::from_millis(ms_max)).await;
+        self.rounds.group_open[kind].store(false, Ordering::Release);
         let commits = self.rounds.commits.load(Ordering::Acquire);
         self.close_group().await;
         self.rt.sleep(Duration::from_millis(SETTLE_MS)).await;
         let idle = self.rounds.commits.load(Ordering::Acquire) == commits;
-        if idle {
+        // The other kind's timer may have been here.
+        if idle && self.rounds.settled.swap(commits, Ordering::AcqRel) != commits {
             let _round = self.rounds.running.lock().await;
             if self.check_open().is_err() {
                 return;
@@ -171,6 +185,7 @@ impl Image {
             return;
         }
         self.rounds.group_full.store(false, Ordering::Release);
+        self.rounds.fill_bytes.store(0, Ordering::Release);
         if let Err(error) = self.mapper.flush(Durability::Linked).await {
             let error = self.failed(error);
             tracing::warn!("fills not linked: {error}");

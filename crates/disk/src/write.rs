@@ -257,7 +257,7 @@ impl Owned<'_> {
             image.write_file(to + (at - start), data).await?;
         }
         room.commit(CommitMode::Overwrite);
-        image.note_commit();
+        image.note_commit(0);
         Ok(len)
     }
 
@@ -273,7 +273,7 @@ impl Owned<'_> {
             }
             at += room.len;
             room.commit(CommitMode::Overwrite);
-            image.note_commit();
+            image.note_commit(0);
         }
         Ok(end - self.units.start * image.unit)
     }

@@ -158,7 +158,7 @@ fn a_sync_that_fails_in_the_background_latches_too() {
             file.fail_nth(1, Fault::SyncFails, Lasts::Once);
             image.write(0, Bytes::from(vec![7; CLUSTER as usize])).await.expect("room");
             // The group is linked, and the sync before its links fails.
-            rt.sleep(Duration::from_secs(2)).await;
+            rt.sleep(Duration::from_secs(6)).await;
             assert_eq!(file.fault_hits(), 1);
             assert!(matches!(image.flush().await, Err(LayerError::Latched(_))));
             let closed = image.close(Duration::from_secs(60)).await;
