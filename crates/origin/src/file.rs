@@ -7,7 +7,7 @@
 
 use std::{ops::Range, path::Path, sync::Arc};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use readonce_storage::{
     BoxFuture, ReadAt,
     local::{FileIdentity, LocalFile, OpenMode},
@@ -17,6 +17,8 @@ use crate::{Class, FetchError, Origin, OriginNote, OriginOptions, OriginStats, S
 
 /// Bytes of one read of a fetch, so that a large range does not need memory of its own size.
 const PIECE_BYTES_MAX: u64 = 1024 * 1024;
+/// Bytes of one read in the caller's poll.
+const INLINE_BYTES_MAX: u64 = 256 * 1024;
 
 /// A file as an origin.
 pub struct FileOrigin {
@@ -99,12 +101,22 @@ impl Origin for FileOrigin {
             let mut at = range.start;
             while at < range.end {
                 let len = (range.end - at).min(PIECE_BYTES_MAX);
-                let piece = self.read(at, len as usize).await.map_err(|error| FetchError::Permanent {
+                // What is in the page cache needs no other thread.
+                let mut buf = BytesMut::zeroed(len.min(INLINE_BYTES_MAX) as usize);
+                let piece = match self.read_now(at, &mut buf) {
+                    Some(read) => read.map(|()| buf.freeze()),
+                    None => self.read(at, len as usize).await,
+                };
+                let piece = piece.map_err(|error| FetchError::Permanent {
                     origin: self.name.clone(),
                     cause: format!("read of {len} bytes at {at}: {error}"),
                 })?;
+                let count = piece.len() as u64;
                 sink(at, piece);
-                at += len;
+                at += count;
+                if at < range.end {
+                    tokio::task::yield_now().await;
+                }
             }
             Ok(())
         })
