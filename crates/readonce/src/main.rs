@@ -114,7 +114,24 @@ impl Command {
     }
 }
 
+/// Freed memory that is kept for the next request, bytes.
+#[cfg(target_env = "gnu")]
+const KEPT_BYTES: libc::c_int = 16 << 20;
+
+/// Keeps the buffers of ended requests for the next ones. glibc would give each of some hundred KiB back to the kernel, which hands out
+/// the next one page by page: a fifth of the time of a write that copies a cluster.
+#[cfg(target_env = "gnu")]
+fn keep_freed_memory() {
+    // SAFETY: it takes numbers alone, and no thread was started yet.
+    unsafe {
+        libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT_BYTES);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, KEPT_BYTES);
+    }
+}
+
 fn main() -> ExitCode {
+    #[cfg(target_env = "gnu")]
+    keep_freed_memory();
     let mut cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return failure::usage(&error),
