@@ -280,6 +280,7 @@ pub(super) async fn compact(file: &Arc<dyn Storage>, layout: &Layout) -> Result<
 }
 
 /// The units that reach into `start..end` (clusters), by their first cluster; at most as many as fit in memory, from `start` on.
+/// One that is missing would be written over: a table that cannot be read is an error here.
 async fn owners(
     file: &Arc<dyn Storage>,
     layout: &Layout,
@@ -293,8 +294,11 @@ async fn owners(
             owners.insert(at, place);
         }
     };
-    scan(file.as_ref(), layout, Beyond::Wrong, |_, _, _| {}, seen).await?;
-    Ok(owners)
+    let scanned = scan(file.as_ref(), layout, Beyond::Wrong, |_, _, _| {}, seen).await?;
+    match scanned.check_errors {
+        0 => Ok(owners),
+        _ => Err(FormatError::Io(std::io::Error::other("a table cannot be read"))),
+    }
 }
 
 enum Progress {

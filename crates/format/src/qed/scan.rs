@@ -278,8 +278,11 @@ pub(super) async fn scan(
 
     let mut l1 = Chunks::new(file, layout, layout.l1_offset);
     while let Some(chunk) = l1.next().await {
-        // Counted in the first walk.
-        let Ok(chunk) = chunk else { continue };
+        let Ok(chunk) = chunk else {
+            // Counted in the first walk already, unless this read alone failed.
+            scanned.check_errors = scanned.check_errors.max(1);
+            continue;
+        };
         for (l1_index, table) in chunk.into_iter().filter(|&(l1_index, _)| good.is_set(l1_index)) {
             // The file may be in use: what changed since the first walk is not walked.
             if !layout.valid_l2(table, file_len) {

@@ -213,24 +213,55 @@ fn leaks_are_freed_and_the_file_is_cut() {
     }
 }
 
+/// An image with a cluster that two entries name, and holes in front of its tables.
+async fn damaged(shape: &Shape) -> (Vec<u8>, Model) {
+    let (mut bytes, mut model) = image(shape).await;
+    let table = entry(&bytes, CLUSTER);
+    let shared = entry(&bytes, table);
+    put(&mut bytes, table + 50 * 8, shared);
+    put(&mut bytes, table + 105 * 8, 0);
+    (0..8).for_each(|sector| model.write(50 * 8 + sector, model.now(sector)));
+    for at in 0..4 {
+        put(&mut bytes, table + (1 + at) * 8, 0);
+        for sector in (1 + at) * 8..(2 + at) * 8 {
+            model.write(sector, crate::guest::backing_tag(shape, sector));
+        }
+    }
+    (bytes, model)
+}
+
+/// One read that fails while holes are closed would cost all data: the file was cut as if nothing used it.
+#[test]
+fn one_error_at_any_io_of_a_repair() {
+    let shape = Shape { table_size: 2, size: 24 << 20, ..SMALL };
+    for n in 1.. {
+        let hits = block_on(async {
+            let (bytes, model) = damaged(&shape).await;
+            let file = Arc::new(SimFile::from_bytes(&bytes));
+            let storage: Arc<dyn Storage> = file.clone();
+            file.fail_nth(n, Fault::Eio, Lasts::Once);
+            let _ = qed().repair(&storage, Repair::All).await;
+            let hits = file.fault_hits();
+            file.heal();
+            let context = format!("n {n}");
+            reads_as(&file, &model, &context).await;
+            let report = repair(&file, Repair::All).await;
+            assert_eq!((report.corruptions, report.leaks), (0, 0), "{context}");
+            reads_as(&file, &model, &context).await;
+            hits
+        });
+        if hits == 0 {
+            return;
+        }
+    }
+}
+
 #[test]
 fn power_loss_at_any_io_of_a_repair() {
     let shape = Shape { table_size: 2, size: 24 << 20, ..SMALL };
     for n in 1.. {
         let more = block_on(async {
-            let (mut bytes, mut model) = image(&shape).await;
-            let table = entry(&bytes, CLUSTER);
-            let shared = entry(&bytes, table);
-            put(&mut bytes, table + 50 * 8, shared);
-            put(&mut bytes, table + 105 * 8, 0);
-            (0..8).for_each(|sector| model.write(50 * 8 + sector, model.now(sector)));
-            // Holes in front of the tables.
-            for at in 0..4 {
-                put(&mut bytes, table + (1 + at) * 8, 0);
-                for sector in (1 + at) * 8..(2 + at) * 8 {
-                    model.write(sector, crate::guest::backing_tag(&shape, sector));
-                }
-            }
+            let (bytes, model) = damaged(&shape).await;
             let file = Arc::new(SimFile::from_bytes(&bytes));
             let storage: Arc<dyn Storage> = file.clone();
             file.fail_nth(n, Fault::Eio, Lasts::ForGood);
