@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use readonce_disk::{
-    Base, BaseFiles, Image, ImageFiles, ImageOptions, LayerError, Lazy, Source, chain::driver_of,
+    Base, BaseFiles, Image, ImageFiles, ImageOptions, Indexed, LayerError, Lazy, Source, chain::driver_of,
     inflight::Budgets, pieces::Pieces,
 };
 use readonce_format::{
@@ -308,7 +308,7 @@ impl World {
             Box::pin(async move { open_remote(server, &url, options, format.as_deref(), rt).await })
         }));
         let _ = timeout(&exec.rt(), Duration::from_secs(20), lazy.source()).await;
-        Ok(Arc::new(lazy))
+        Ok(Indexed::new(Arc::new(lazy)))
     }
 }
 
