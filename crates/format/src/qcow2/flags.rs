@@ -18,12 +18,26 @@ use super::{
 use crate::{FormatError, number::index};
 
 /// Which flags may change.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Change {
-    /// Those that must go.
+#[derive(Clone, Copy)]
+pub(super) enum Change<'a> {
+    /// Those that must go: of clusters with a refcount above 1.
     Clear,
     /// All of them.
     Any,
+    /// All but those of clusters that have a count here.
+    AnyBut(&'a Counts),
+}
+
+impl Change<'_> {
+    /// The word as it should be. `count` is the refcount of the cluster.
+    fn apply(self, raw: u64, cluster: u64, count: u64) -> u64 {
+        match self {
+            Self::Clear if count <= 1 => raw,
+            Self::AnyBut(kept) if kept.count(cluster) > 0 => raw,
+            _ if count == 1 => raw | COPIED,
+            _ => raw & !COPIED,
+        }
+    }
 }
 
 /// Makes the flags of the active L1 table and of the L2 tables that it names say what `counts` does. The flags are not synced.
@@ -32,24 +46,18 @@ pub(super) async fn set_flags(
     header: &Header,
     tables: impl Iterator<Item = (u64, Named)>,
     counts: &Counts,
-    change: Change,
+    change: Change<'_>,
 ) -> Result<(), FormatError> {
     let layout = &header.layout;
     let cluster_size = layout.cluster_size();
-    // The word as it should be, given whether the refcount is 1.
-    let flagged = |raw: u64, own: bool| match (own, change) {
-        (false, _) => raw & !COPIED,
-        (true, Change::Any) => raw | COPIED,
-        (true, Change::Clear) => raw,
-    };
     let l1_bytes = u64::from(header.fields.l1_size) * L1_ENTRY_BYTES;
     let mut chunks = Chunks::new(file.as_ref(), header.fields.l1_table_offset, l1_bytes);
     while let Some((at, chunk)) = chunks.next().await {
         let chunk = chunk?;
         let mut new = chunk.to_vec();
         for (entry, raw) in words(at, &chunk).filter(|(_, raw)| raw & OFFSET_MASK != 0) {
-            let own = counts.count((raw & OFFSET_MASK) / cluster_size) == 1;
-            put(&mut new, entry - at, flagged(raw, own));
+            let cluster = (raw & OFFSET_MASK) / cluster_size;
+            put(&mut new, entry - at, change.apply(raw, cluster, counts.count(cluster)));
         }
         write_changes(file, at, &chunk, &new).await?;
     }
@@ -62,8 +70,13 @@ pub(super) async fn set_flags(
                 let Cluster::Room { at: offset, .. } = Cluster::of(layout, entry.raw, entry.bitmap) else {
                     continue;
                 };
-                let own = layout.external_data || counts.count(offset / cluster_size) == 1;
-                put(&mut new, entry.at - at, flagged(entry.raw, own));
+                let cluster = offset / cluster_size;
+                let raw = if layout.external_data {
+                    entry.raw | COPIED
+                } else {
+                    change.apply(entry.raw, cluster, counts.count(cluster))
+                };
+                put(&mut new, entry.at - at, raw);
             }
             write_changes(file, at, &chunk, &new).await?;
         }

@@ -5,24 +5,29 @@
 //!   shows through there (zeros stay zeros).
 //! - Data that lies on a table, and data that is referred to more often than the widest refcount can say, is copied to the
 //!   end of the file. Copies may at most double the file (or take 1 MiB); what is left beyond that stays.
+//! - What two entries of the active state show is copied too, up to 64 MiB: once one of them were written, the other would be alone with a
+//!   COPIED flag that nobody sets. Beyond that, or where the disk is full, they share it, with a refcount of 2.
 //! - Snapshots whose L1 table cannot be there are dropped. Bitmaps that are broken are marked stale.
-//! - L1 entries are mended before L2 entries are looked at: what a wrong L1 entry names is no table, and is not written.
+//! - L1 tables that lie on something else give way first (`overlaps`). L1 entries are mended before L2 entries are looked at: what a wrong L1 entry names is no table, and is not written.
 //! - Every change is one sector, after a sync of what it names: power loss leaves some entries mended.
-//! - Memory: that of the scan, and [`BATCH_MAX`] findings at a time.
+//! - Memory: that of the scan, its counts twice, and [`BATCH_MAX`] findings at a time.
 //!
 //! Not here: refcounts and COPIED flags, which are wrong afterwards (`repair`).
 
 use std::sync::Arc;
 
 use bytes::Bytes;
-use readonce_storage::Storage;
+use readonce_storage::{Storage, flat::is_no_space};
 
 use super::{
     entry::{COMPRESSED, COPIED, OFFSET_MASK},
     header::{AUTOCLEAR_BITMAPS, Header},
     layout::{Layout, SECTOR_BYTES},
+    overlaps,
     recount::end_of_file,
-    scan::{Cluster, Entry, Finding, Nobody, Observer, Scanned, Wrong, read_padded, references},
+    scan::{
+        Cluster, Counts, Entry, Finding, Named, Nobody, Observer, Scanned, Wrong, read_padded, references,
+    },
     snapshots::Table,
 };
 use crate::FormatError;
@@ -33,6 +38,8 @@ const BATCH_MAX: usize = 1 << 16;
 const ROUNDS_MAX: usize = 100;
 /// Bytes that copies may take in any case.
 const COPIES_BYTES_MIN: u64 = 1 << 20;
+/// Bytes that copies of what two entries share may take in any case: the limit of a convenience.
+const SHARED_BYTES_MAX: u64 = 64 << 20;
 /// Bytes that are copied between two syncs, but for one cluster that is larger.
 const COPY_BYTES_MAX: u64 = 64 << 20;
 
@@ -41,9 +48,11 @@ const COPY_BYTES_MAX: u64 = 64 << 20;
 /// # Errors
 /// `Corrupt` where the snapshot table cannot be read.
 pub(super) async fn mend(file: &Arc<dyn Storage>, header: &mut Header) -> Result<Scanned, FormatError> {
-    let mut copies_left = file.len().max(COPIES_BYTES_MIN);
+    let must = file.len().max(COPIES_BYTES_MIN);
+    let mut copies_left = CopiesLeft { must, shared: must.min(SHARED_BYTES_MAX) };
+    overlaps::cut_active(file, header).await?;
     for _ in 0..ROUNDS_MAX {
-        let mut found = Found::default();
+        let mut found = Found::new();
         let scanned = references(file.as_ref(), header, &mut found).await?;
         if scanned.check_errors > 0 || !round(file, header, &scanned, &found, &mut copies_left).await? {
             return Ok(scanned);
@@ -59,7 +68,7 @@ async fn round(
     header: &mut Header,
     scanned: &Scanned,
     found: &Found,
-    copies_left: &mut u64,
+    copies_left: &mut CopiesLeft,
 ) -> Result<bool, FormatError> {
     let layout = header.layout;
     let entries_change = !found.l1.is_empty() || !found.l2.is_empty();
@@ -68,10 +77,7 @@ async fn round(
         file.write(switch.at, switch.data).await?;
         return Ok(true);
     }
-    if !scanned.bad_snapshots.is_empty() || scanned.short_snapshots {
-        let mut table = scanned.snapshots.clone();
-        let mut good = (0..).map(|number| !scanned.bad_snapshots.contains(&number));
-        table.entries.retain(|_| good.next().unwrap_or_default());
+    if let Some(table) = overlaps::snapshots(file, header, scanned, &mut copies_left.must).await? {
         write_snapshots(file, header, &table).await?;
         return Ok(true);
     }
@@ -107,11 +113,33 @@ async fn round(
 }
 
 /// What a scan found to mend.
-#[derive(Default)]
 struct Found {
     l1: Vec<Finding>,
     l2: Vec<Finding>,
     copies: Vec<Copy>,
+    /// Clusters that an entry of the active tables names have a count.
+    active: Counts,
+}
+
+impl Found {
+    fn new() -> Self {
+        Self { l1: Vec::new(), l2: Vec::new(), copies: Vec::new(), active: Counts::new(1) }
+    }
+}
+
+/// Why something is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Need {
+    /// It cannot stay where it is.
+    Must,
+    /// Two entries of the active state share it.
+    Shared,
+}
+
+/// Bytes that copies may still take.
+struct CopiesLeft {
+    must: u64,
+    shared: u64,
 }
 
 /// Something that is to lie elsewhere.
@@ -123,6 +151,7 @@ struct Copy {
     len: u64,
     /// Else it is an L1 entry.
     is_l2: bool,
+    need: Need,
 }
 
 impl Observer for Found {
@@ -135,17 +164,40 @@ impl Observer for Found {
     }
 
     fn over_l1(&mut self, at: u64, raw: u64) {
-        let entry = Entry { at, raw, bitmap: 0 };
-        push(&mut self.copies, Copy { entry, from: raw & OFFSET_MASK, len: 0, is_l2: false });
+        self.copy_table(at, raw, Need::Must);
     }
 
-    fn l2(&mut self, entry: Entry, cluster: Cluster, over: bool, scanned: &Scanned) {
-        let (from, len) = match cluster {
-            Cluster::Room { at, .. } if over || scanned.is_metadata(at) => (at, 0),
-            Cluster::Compressed { at, len } if over || scanned.meets_metadata(at, len) => (at, len),
+    fn twice_l1(&mut self, at: u64, raw: u64) {
+        self.copy_table(at, raw, Need::Shared);
+    }
+
+    fn l2(&mut self, entry: Entry, cluster: Cluster, named: Named, over: bool, scanned: &Scanned) {
+        let (from, len, need) = match cluster {
+            Cluster::Room { at, .. } if over || scanned.is_metadata(at) => (at, 0, Need::Must),
+            Cluster::Compressed { at, len } if over || scanned.meets_metadata(at, len) => {
+                (at, len, Need::Must)
+            }
+            Cluster::Room { at, .. } if named.active > 0 && self.is_twice(scanned.cluster(at)) => {
+                (at, 0, Need::Shared)
+            }
             _ => return,
         };
-        push(&mut self.copies, Copy { entry, from, len, is_l2: true });
+        push(&mut self.copies, Copy { entry, from, len, is_l2: true, need });
+    }
+}
+
+impl Found {
+    fn copy_table(&mut self, at: u64, raw: u64, need: Need) {
+        let entry = Entry { at, raw, bitmap: 0 };
+        push(&mut self.copies, Copy { entry, from: raw & OFFSET_MASK, len: 0, is_l2: false, need });
+    }
+
+    /// Whether an entry of the active tables named the cluster before; from now on one did.
+    fn is_twice(&mut self, cluster: u64) -> bool {
+        let twice = self.active.count(cluster) > 0;
+        // Where that does not fit in memory, the entries go on to share it.
+        let _ = self.active.set(cluster, 1);
+        twice
     }
 }
 
@@ -169,7 +221,7 @@ async fn copy(
     file: &Arc<dyn Storage>,
     layout: &Layout,
     copies: &[Copy],
-    copies_left: &mut u64,
+    copies_left: &mut CopiesLeft,
 ) -> Result<bool, FormatError> {
     let cluster_size = layout.cluster_size();
     let mut changed = false;
@@ -183,10 +235,20 @@ async fn copy(
         {
             let len = if copy.len == 0 { cluster_size } else { copy.len };
             let room = len.next_multiple_of(cluster_size);
-            let Some(left) = copies_left.checked_sub(room) else { continue };
-            *copies_left = left;
+            let left = match copy.need {
+                Need::Must => &mut copies_left.must,
+                Need::Shared => &mut copies_left.shared,
+            };
+            let Some(less) = left.checked_sub(room) else { continue };
+            *left = less;
             let data = read_padded(file.as_ref(), copy.from, len).await?;
-            file.write(to, data).await?;
+            match file.write(to, data).await {
+                Err(error) if copy.need == Need::Shared && is_no_space(&error) => {
+                    *left = 0;
+                    continue;
+                }
+                written => written?,
+            }
             moved.push((*copy, to));
             to += room;
             bytes += room;

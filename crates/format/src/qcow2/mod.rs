@@ -6,8 +6,8 @@
 //!   `space` and `refs`: clusters and their refcounts, `flush`: how it all gets to the disk, `mark`: the header meanwhile,
 //!   `known`: what is no place for data, `reclaim`: what a crash left.
 //! - `refcount`, `snapshots`: refcounts and snapshots as the file stores them; `scan`, `check`: what refers to clusters, and
-//!   whether the refcounts say the same; `repair` with `mend`, `recount` and `flags`: making it right; `snapshot`: internal
-//!   snapshots made, applied and deleted.
+//!   whether the refcounts say the same; `repair` with `mend`, `overlaps`, `recount` and `flags`: making it right; `snapshot`:
+//!   internal snapshots made, applied and deleted.
 //! - `describe`: what an image says of itself. `head`, `create`: a new image; `change`, `grow`: a changed header.
 
 mod change;
@@ -29,6 +29,7 @@ mod layout;
 mod links;
 mod mark;
 mod mend;
+mod overlaps;
 mod reader;
 mod reclaim;
 mod record;

@@ -213,13 +213,18 @@ impl Recount {
         self.punch(file, &freed).await
     }
 
-    /// Lowers what is too high, and raises nothing; says whether nothing was too low. Ends synced.
-    pub(super) async fn lower_only(&self, file: &Arc<dyn Storage>) -> Result<bool, FormatError> {
-        let mut too_low = false;
+    /// Lowers what is too high, and raises nothing; the clusters whose refcount is too low have a count in what it returns. Ends
+    /// synced.
+    pub(super) async fn lower_only(&self, file: &Arc<dyn Storage>) -> Result<Counts, FormatError> {
+        let mut too_low = Counts::new(1);
         let mut freed = Vec::new();
         for (&number, &offset) in &self.blocks {
             let choose = |cluster, stored: u64, counted: u64| {
-                too_low |= stored < counted;
+                if stored < counted {
+                    too_low
+                        .set(cluster, 1)
+                        .expect("it has a page among the counts, which have as many as can be");
+                }
                 if stored > 0 && counted == 0 {
                     note_freed(&mut freed, cluster);
                 }
@@ -229,7 +234,7 @@ impl Recount {
         }
         file.sync().await?;
         self.punch(file, &freed).await?;
-        Ok(!too_low)
+        Ok(too_low)
     }
 
     /// Gives space back to the file system. After a sync of the refcounts that say it is free.

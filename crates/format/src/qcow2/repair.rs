@@ -3,7 +3,8 @@
 //! - `Leaks` lowers refcounts that are too high. It changes no reference, and does nothing where the refcount table or a
 //!   block is broken, or where something is wrong that may have meant the clusters that seem to be leaked.
 //! - `All` mends entries (`mend`), raises what is too low and writes anew what is broken (`recount`), then flags, then lowers.
-//! - A cluster that two entries show keeps both, with a refcount of 2: either gets its own copy when it is written.
+//! - A cluster that two entries show is copied for one of them; where that would be too much, both keep it with a refcount of 2, and
+//!   either gets its own copy when it is written.
 //! - Power loss at any moment leaves an image that can be repaired again, without loss of what could be kept before.
 //!
 //! Not here: what is wrong (`check`).
@@ -97,7 +98,8 @@ async fn recount(
     Ok(())
 }
 
-/// Lowers what is too high, and where no refcount is too low, sets the flags as well.
+/// Lowers what is too high, and sets the flags but those of clusters whose refcount is too low: two may show such a cluster, and
+/// a flag that says "alone" would have one of them written into the other.
 async fn free_leaks(file: &Arc<dyn Storage>, header: &mut Header) -> Result<(), FormatError> {
     let mut scanned = references(file.as_ref(), header, &mut Nobody).await?;
     if scanned.lost || scanned.check_errors > 0 {
@@ -111,10 +113,9 @@ async fn free_leaks(file: &Arc<dyn Storage>, header: &mut Header) -> Result<(), 
         return Ok(());
     }
     clear_autoclear(file, header).await?;
-    if recount.lower_only(file).await? {
-        set_flags(file, header, tables.into_iter(), &recount.counts, Change::Any).await?;
-        file.sync().await?;
-    }
+    let too_low = recount.lower_only(file).await?;
+    set_flags(file, header, tables.into_iter(), &recount.counts, Change::AnyBut(&too_low)).await?;
+    file.sync().await?;
     Ok(())
 }
 

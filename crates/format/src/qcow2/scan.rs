@@ -9,7 +9,10 @@
 //!
 //! Not here: what the file says the refcounts are (`check`), and what to do about what is found (`repair`).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 use bytes::Bytes;
 use readonce_storage::ReadAt;
@@ -244,8 +247,11 @@ pub(super) trait Observer: Send {
     fn wrong_l2(&mut self, _finding: Finding) {}
     /// A good L1 entry whose table is named more often than the largest refcount says.
     fn over_l1(&mut self, _at: u64, _raw: u64) {}
-    /// A good L2 entry that names room or compressed bytes inside the file. `over`: more often than the largest refcount says.
-    fn l2(&mut self, _entry: Entry, _cluster: Cluster, _over: bool, _scanned: &Scanned) {}
+    /// A good entry of the active L1 table whose table an earlier one names too.
+    fn twice_l1(&mut self, _at: u64, _raw: u64) {}
+    /// A good L2 entry that names room or compressed bytes inside the file, in a table that is named so often. `over`: more often
+    /// than the largest refcount says.
+    fn l2(&mut self, _entry: Entry, _cluster: Cluster, _named: Named, _over: bool, _scanned: &Scanned) {}
 }
 
 /// Looks at nothing.
@@ -283,10 +289,12 @@ pub(super) struct Scanned {
     pub(super) compressed: u64,
     /// Clusters of the file.
     pub(super) clusters: u64,
-    /// Runs of bytes, in whole clusters, that hold tables other than L2 tables and refcount blocks: start and end.
+    /// Runs of bytes, in whole clusters, that hold tables other than L2 tables, the refcount table and its blocks: start and end.
     metadata: BTreeMap<u64, u64>,
     /// Where refcount blocks may lie: byte offsets.
     block_offsets: BTreeSet<u64>,
+    /// Bytes of the refcount table, as far as the file's length needs one. It may be said to be longer than it is.
+    table_range: Range<u64>,
     file_len: u64,
     cluster_bits: u32,
     /// What did not fit below the largest refcount, of the references counted last.
@@ -338,9 +346,17 @@ impl Scanned {
         self.metadata.insert(start, end);
     }
 
+    /// The cluster that holds this byte.
+    pub(super) fn cluster(&self, offset: u64) -> u64 {
+        offset >> self.cluster_bits
+    }
+
     /// Whether something other than guest data lies in the cluster at this byte offset.
     pub(super) fn is_metadata(&self, offset: u64) -> bool {
-        self.tables.contains_key(&offset) || self.block_offsets.contains(&offset) || self.is_table(offset)
+        self.tables.contains_key(&offset)
+            || self.block_offsets.contains(&offset)
+            || self.table_range.contains(&offset)
+            || self.is_table(offset)
     }
 
     /// Whether something other than guest data lies in a cluster that these bytes touch.
@@ -349,7 +365,7 @@ impl Scanned {
         (offset >> self.cluster_bits..=last).any(|cluster| self.is_metadata(cluster << self.cluster_bits))
     }
 
-    /// Whether a table that is neither an L2 table nor a refcount block lies in the cluster at this byte offset.
+    /// Whether a table that can only lie there (no L2 table, and nothing of the refcounts) lies in the cluster at this byte offset.
     fn is_table(&self, offset: u64) -> bool {
         self.metadata.range(..=offset).next_back().is_some_and(|(_, &end)| offset < end)
     }
@@ -467,6 +483,7 @@ pub(super) async fn references(
         clusters,
         metadata: BTreeMap::new(),
         block_offsets: BTreeSet::new(),
+        table_range: 0..0,
         file_len,
         cluster_bits: layout.cluster_bits,
         over: 0,
@@ -512,7 +529,9 @@ async fn l1_tables(
         let (offset, bytes) = (entry.l1_offset, u64::from(entry.l1_entries) * L1_ENTRY_BYTES);
         scanned.short_snapshots |= fields.version >= 3 && !entry.complete;
         scanned.corruptions += u64::from(fields.version >= 3 && !entry.complete);
-        if !offset.is_multiple_of(cluster_size) || bytes > L1_BYTES_MAX {
+        // The header lies at 0.
+        let bad_offset = !offset.is_multiple_of(cluster_size) || offset == 0 && bytes > 0;
+        if bad_offset || bytes > L1_BYTES_MAX {
             scanned.corruptions += 1;
             scanned.bad_snapshots.insert(number);
         } else {
@@ -599,9 +618,11 @@ fn l1_entry(
         scanned.lost = true;
         finding = Some((0, Wrong::Nowhere));
     }
+    let twice = named.active > 0 && scanned.tables.get(&offset).is_some_and(|table| table.active > 0);
     match finding {
         Some((raw, wrong)) => observer.wrong_l1(Finding { at, raw, bitmap: 0, rounded_bitmap: 0, wrong }),
         None if over => observer.over_l1(at, raw),
+        None if twice => observer.twice_l1(at, raw),
         None => {}
     }
     if inside {
@@ -757,7 +778,7 @@ fn l2_entry(
             observer.wrong_l2(Finding { at, raw: mended.raw, bitmap: mended.bitmap, rounded_bitmap, wrong })
         }
         None if cluster != Cluster::None && !layout.external_data => {
-            observer.l2(entry, cluster, scanned.over > 0, scanned)
+            observer.l2(entry, cluster, named, scanned.over > 0, scanned)
         }
         None => {}
     }
@@ -783,7 +804,8 @@ async fn refcount_table(
     let len = u64::from(header.fields.refcount_table_clusters) * cluster_size;
     let table = read_padded(file, offset, len).await?;
     scanned.table = words(0, &table).map(|(_, raw)| raw).collect();
-    scanned.note_table(offset, len);
+    let entries = refcounts(&header.layout).table_index(scanned.clusters) + 1;
+    scanned.table_range = offset..offset.saturating_add(len.min(entries * TABLE_ENTRY_BYTES));
     let blocks = scanned.table.iter().map(|raw| raw & TABLE_OFFSET_MASK).filter(|&offset| offset != 0);
     scanned.block_offsets = blocks.collect();
     Ok(())

@@ -13,6 +13,7 @@ mod imago;
 mod mapper;
 mod mutated;
 mod oracle;
+mod overlaps;
 mod qemu;
 mod repair;
 mod snapshot;

@@ -29,7 +29,7 @@ pub async fn repair_leaks(file: &Arc<SimFile>) -> CheckReport {
     repair(file, Repair::Leaks).await
 }
 
-async fn check(file: &Arc<SimFile>) -> CheckReport {
+pub async fn check(file: &Arc<SimFile>) -> CheckReport {
     let reader: Arc<dyn ReadAt> = file.clone();
     qcow2().check(&reader).await.unwrap()
 }
@@ -346,6 +346,10 @@ impl Guest {
         let bytes = Bytes(contents.to_vec());
         let tables = l1_tables(&bytes);
         Self(tables.into_iter().map(|(at, len)| Self::state(&bytes, at, len)).collect())
+    }
+
+    pub fn snapshots(&self) -> &[Vec<(u64, Vec<u8>)>] {
+        &self.0[1..]
     }
 
     pub fn active(&self) -> &[(u64, Vec<u8>)] {

@@ -209,23 +209,10 @@ fn value(was: u64, cluster: u64, file_len: u64, draw: &mut Draw<'_>) -> u64 {
     }
 }
 
-/// Whether repair may take good bytes for a table, and mend them to death. These bugs are known, with cases by name where repair is
-/// tested; until they are mended nothing is asked of what such a repair leaves.
+/// Whether repair may take good bytes for a table, and mend them to death. That is known of QED; until it is mended nothing is asked of
+/// what such a repair leaves.
 pub(crate) fn repair_may_destroy(format: Format, made: &Made) -> bool {
-    let (mut file, mut before) = (made.file.clone(), made.before.clone());
-    if format == Format::Qed {
-        return qed_tables_overlap(&mut file, made.cluster_size);
-    }
-    let (now, was) = (Words { bytes: &mut file, format }, Words { bytes: &mut before, format });
-    let longer = |at| now.get(at, 4) > was.get(at, 4);
-    let differs = |at, len| now.get(at, len) != was.get(at, len);
-    // l1_size; refcount_table_clusters; nb_snapshots, snapshots_offset, and the first entries of the snapshot table.
-    let table = was.get(64, 8);
-    longer(36)
-        || longer(56)
-        || differs(60, 4)
-        || differs(64, 8)
-        || (table > 0 && (0..40).any(|word| differs(table + 8 * word, 8)))
+    format == Format::Qed && qed_tables_overlap(&mut made.file.clone(), made.cluster_size)
 }
 
 /// Whether a QED table lies where something else lies too. Its repair mends entries of such a table before it gives what lies under

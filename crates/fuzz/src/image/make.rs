@@ -31,8 +31,6 @@ pub(crate) struct Made {
     pub(crate) cluster_size: u64,
     pub(crate) fill_unit: u64,
     pub(crate) size: u64,
-    /// The file's bytes before any damage.
-    pub(crate) before: Vec<u8>,
     pub(crate) has_backing: bool,
 }
 
@@ -193,7 +191,6 @@ pub(crate) async fn make(format: Format, driver: &dyn Driver, draw: &mut Draw<'_
         world.check(&files, false).await;
     }
     Made {
-        before: bytes.clone(),
         file: bytes,
         tail,
         data: files.data.map(|data| data.contents()),
