@@ -1,10 +1,13 @@
 //! Snapshots of an image that nobody has open: made, applied, deleted, with qemu-img's results and in its words.
 //!
 //! - Every change is a switch of the header's first sector, from one snapshot table or L1 table to another that was written at the
-//!   end of the file. In this order: the new table; the dirty bit; sync; refcounts raised to what the file will refer to; flags
-//!   that must go; sync; the switch; sync; flags that may come; sync; refcounts lowered; sync; the dirty bit off.
-//! - Power loss leaves the state before or after, refcounts that are too high, and flags that lag behind, which the dirty bit
-//!   makes every writer put right.
+//!   end of the file. In this order, each step synced before the next: the new table and the dirty bit; flags that must go;
+//!   refcounts raised to what the file will refer to; the switch; refcounts lowered; flags that may come; the dirty bit off.
+//! - So COPIED is never set where a refcount is above 1: a writer that believes the flag would write into what a snapshot shows too.
+//!   And no reference is ever without a refcount: what nothing counts is given to the next who asks for room.
+//! - Power loss leaves the state before or after, refcounts that are too high (leaks), and flags that are missing where the refcount
+//!   is 1 (the writer copies a cluster that it could have written in place). The dirty bit makes every writer put that right;
+//!   version 2 has no such bit, and waits for a repair.
 //!
 //! Not here: the table's bytes (`snapshots`), refcounts (`recount`).
 
@@ -254,15 +257,17 @@ async fn switch(
 
     clear_autoclear(file, header).await?;
     set_dirty(file, header, true).await?;
-    recount.raise(file, header).await?;
+    // The tables that are active before the switch need no look: where one of them says "alone", no other table shows the cluster,
+    // so that its refcount is not raised.
     set_flags(file, &after, active(), &recount.counts, Change::Clear).await?;
     file.sync().await?;
+    recount.raise(file, header).await?;
     let sector = header.change_fields(&change);
     file.write(sector.at, sector.data).await?;
     file.sync().await?;
+    recount.lower(file).await?;
     set_flags(file, &after, active(), &recount.counts, Change::Any).await?;
     file.sync().await?;
-    recount.lower(file).await?;
     let end = recount.counts.last_used().map_or(0, |last| (last + 1) * header.layout.cluster_size());
     if end < file.len() {
         file.set_len(end).await?;
