@@ -208,30 +208,3 @@ fn value(was: u64, cluster: u64, file_len: u64, draw: &mut Draw<'_>) -> u64 {
         _ => draw.number(),
     }
 }
-
-/// Whether repair may take good bytes for a table, and mend them to death. That is known of QED; until it is mended nothing is asked of
-/// what such a repair leaves.
-pub(crate) fn repair_may_destroy(format: Format, made: &Made) -> bool {
-    format == Format::Qed && qed_tables_overlap(&mut made.file.clone(), made.cluster_size)
-}
-
-/// Whether a QED table lies where something else lies too. Its repair mends entries of such a table before it gives what lies under
-/// them a place of its own.
-fn qed_tables_overlap(bytes: &mut Vec<u8>, cluster: u64) -> bool {
-    let words = Words { bytes, format: Format::Qed };
-    let table = words.get(8, 4) * cluster;
-    let (l1, end) = (words.get(40, 8), words.bytes.len() as u64);
-    let entries = |at: u64| (at..at.saturating_add(table).min(end)).step_by(8).map(|at| words.get(at, 8));
-    let mut used = std::collections::BTreeSet::new();
-    let mut take = |at: u64, len: u64| {
-        (at / cluster..at.saturating_add(len).div_ceil(cluster).min(end / cluster + 1))
-            .any(|cluster| !used.insert(cluster))
-    };
-    let tables: Vec<u64> = entries(l1).filter(|&at| at != 0 && at < end).collect();
-    let mut overlap = take(l1, table);
-    for &at in &tables {
-        overlap |= take(at, table);
-    }
-    let data: std::collections::BTreeSet<u64> = tables.iter().flat_map(|&at| entries(at)).collect();
-    overlap || data.iter().any(|&at| at > 1 && at < end && used.contains(&(at / cluster)))
-}
