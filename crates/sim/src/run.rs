@@ -32,6 +32,9 @@ use crate::{
 /// A close never waits longer for the origin, and time costs nothing.
 const CLOSE_WAIT: Duration = Duration::from_secs(3600);
 
+/// Turns of other tasks that a slow read or write of a disk waits for, at most.
+const STALL_MAX: u32 = 400;
+
 /// What runs did.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Figures {
@@ -154,9 +157,14 @@ impl Run {
         let server = self.world.server(exec.rt(), 40);
         let how = OpenAs { copy_on_read: session.copy_on_read, budget: session.budget };
         server.arm(session.origin_faults.iter().map(|(_, fault)| *fault));
+        // What has been looked up is read or written late: another guest may have taken it away and given it to a third.
+        let stalls = self.rng.random_range(0..4) == 0;
         for file in self.disks.all() {
             file.set_yields(self.rng.random(), 2);
-            if self.rng.random_range(0..4) == 0 {
+            if stalls {
+                file.set_stalls(self.rng.random(), 16, STALL_MAX);
+                file.set_now_calls(NowCalls::Random(self.rng.random()));
+            } else if self.rng.random_range(0..4) == 0 {
                 file.set_now_calls(NowCalls::Random(self.rng.random()));
             }
         }

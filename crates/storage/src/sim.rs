@@ -88,6 +88,7 @@ struct Inner {
     now_calls: NowCalls,
     now_rng: SmallRng,
     yields: Option<Yields>,
+    stalls: Option<Stalls>,
     faults: Vec<ArmedFault>,
     /// By fault.
     fault_hits: [u64; FAULTS.len()],
@@ -98,6 +99,19 @@ struct Inner {
 struct Yields {
     rng: SmallRng,
     count_max: u32,
+}
+
+struct Stalls {
+    rng: SmallRng,
+    of: u32,
+    count_max: u32,
+}
+
+impl Stalls {
+    fn draw(&mut self) -> u32 {
+        let stalls = self.rng.random_range(0..self.of) == 0;
+        if stalls { self.rng.random_range(0..=self.count_max) } else { 0 }
+    }
 }
 
 struct ArmedFault {
@@ -163,6 +177,7 @@ impl SimFile {
             now_calls: NowCalls::Answer,
             now_rng: SmallRng::seed_from_u64(0),
             yields: None,
+            stalls: None,
             faults: Vec::new(),
             fault_hits: [0; FAULTS.len()],
             op_count: 0,
@@ -279,20 +294,23 @@ impl SimFile {
         self.inner.lock().yields = Some(Yields { rng: SmallRng::seed_from_u64(seed), count_max });
     }
 
+    /// From now on one of `of` waiting reads and writes lets other tasks run up to `count_max` times before its work, by this
+    /// seed: what its caller had looked up may be long gone by then.
+    pub fn set_stalls(&self, seed: u64, of: u32, count_max: u32) {
+        self.inner.lock().stalls = Some(Stalls { rng: SmallRng::seed_from_u64(seed), of, count_max });
+    }
+
+    async fn stall(&self) {
+        let left = self.inner.lock().stalls.as_mut().map_or(0, Stalls::draw);
+        let_others_run(left).await;
+    }
+
     async fn pause(&self) {
-        let mut left = match &mut self.inner.lock().yields {
+        let left = match &mut self.inner.lock().yields {
             None => 0,
             Some(yields) => yields.rng.random_range(0..=yields.count_max),
         };
-        poll_fn(|cx: &mut Context<'_>| {
-            if left == 0 {
-                return Poll::Ready(());
-            }
-            left -= 1;
-            cx.waker().wake_by_ref();
-            Poll::Pending
-        })
-        .await;
+        let_others_run(left).await;
     }
 
     async fn run<T>(&self, work: impl FnOnce(&mut Inner) -> io::Result<T>) -> io::Result<T> {
@@ -301,6 +319,19 @@ impl SimFile {
         self.pause().await;
         result
     }
+}
+
+/// Returns after other tasks had so many turns.
+async fn let_others_run(mut left: u32) {
+    poll_fn(|cx: &mut Context<'_>| {
+        if left == 0 {
+            return Poll::Ready(());
+        }
+        left -= 1;
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 impl fmt::Debug for SimFile {
@@ -331,13 +362,17 @@ impl ReadAt for SimFile {
     }
 
     fn read(&self, offset: u64, len: usize) -> BoxFuture<'_, io::Result<Bytes>> {
-        Box::pin(self.run(move |inner| {
-            // The check comes first: a huge length past the end is an error, not a huge buffer.
-            inner.check_inside(offset, len as u64)?;
-            let mut buf = vec![0; len];
-            inner.read(offset, &mut buf)?;
-            Ok(buf.into())
-        }))
+        Box::pin(async move {
+            self.stall().await;
+            let work = move |inner: &mut Inner| {
+                // The check comes first: a huge length past the end is an error, not a huge buffer.
+                inner.check_inside(offset, len as u64)?;
+                let mut buf = vec![0; len];
+                inner.read(offset, &mut buf)?;
+                Ok(buf.into())
+            };
+            self.run(work).await
+        })
     }
 }
 
@@ -348,7 +383,10 @@ impl Storage for SimFile {
     }
 
     fn write(&self, offset: u64, data: Bytes) -> BoxFuture<'_, io::Result<()>> {
-        Box::pin(self.run(move |inner| inner.write(offset, &data)))
+        Box::pin(async move {
+            self.stall().await;
+            self.run(move |inner| inner.write(offset, &data)).await
+        })
     }
 
     fn allocate(&self, offset: u64, len: u64) -> BoxFuture<'_, io::Result<()>> {
