@@ -8,13 +8,14 @@
 //! - What two entries of the active state show is copied too, up to 64 MiB: once one of them were written, the other would be alone with a
 //!   COPIED flag that nobody sets. Beyond that, or where the disk is full, they share it, with a refcount of 2.
 //! - Snapshots whose L1 table cannot be there are dropped. Bitmaps that are broken are marked stale.
-//! - L1 tables that lie on something else give way first (`overlaps`). L1 entries are mended before L2 entries are looked at: what a wrong L1 entry names is no table, and is not written.
+//! - L1 tables that lie on something else give way first (`overlaps`). L1 entries are mended before L2 entries are looked at:
+//!   what a wrong L1 entry names is no table, and is not written. L2 entries are mended before the file grows by a copy.
 //! - Every change is one sector, after a sync of what it names: power loss leaves some entries mended.
 //! - Memory: that of the scan, its counts twice, and [`BATCH_MAX`] findings at a time.
 //!
 //! Not here: refcounts and COPIED flags, which are wrong afterwards (`repair`).
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use bytes::Bytes;
 use readonce_storage::{Storage, flat::is_no_space};
@@ -96,11 +97,22 @@ async fn round(
         }
         return Ok(true);
     }
-    // Before L2 entries change: a table may lie on data.
-    if copy(file, &layout, &found.copies, copies_left).await? {
+    // Entries are mended before the file grows: what points past its end would name a copy then. But a table may lie on data; that
+    // is copied away first.
+    let is_data = found.data_clusters(&layout);
+    let (on_data, apart): (Vec<_>, Vec<_>) =
+        found.l2.iter().partition(|finding| is_data.contains(&(finding.at / layout.cluster_size())));
+    let all_known = found.copies.len() < BATCH_MAX;
+    let changed = if all_known && !apart.is_empty() {
+        apart
+    } else if copy(file, &layout, &found.copies, copies_left).await? {
         return Ok(true);
-    }
-    for finding in &found.l2 {
+    } else if all_known {
+        on_data
+    } else {
+        found.l2.iter().collect()
+    };
+    for finding in &changed {
         let (raw, bitmap) = match finding.wrong {
             Wrong::Unaligned { rounded } if layout.external_data || alone(rounded) => {
                 (rounded, finding.rounded_bitmap)
@@ -109,7 +121,7 @@ async fn round(
         };
         file.write(finding.at, words(&layout, raw, Some(bitmap))).await?;
     }
-    Ok(!found.l2.is_empty())
+    Ok(!changed.is_empty())
 }
 
 /// What a scan found to mend.
@@ -190,6 +202,17 @@ impl Found {
     fn copy_table(&mut self, at: u64, raw: u64, need: Need) {
         let entry = Entry { at, raw, bitmap: 0 };
         push(&mut self.copies, Copy { entry, from: raw & OFFSET_MASK, len: 0, is_l2: false, need });
+    }
+
+    /// The clusters whose data is to be copied.
+    fn data_clusters(&self, layout: &Layout) -> BTreeSet<u64> {
+        let cluster_size = layout.cluster_size();
+        let copies = self.copies.iter().filter(|copy| copy.is_l2);
+        copies
+            .flat_map(|copy| {
+                copy.from / cluster_size..=(copy.from + copy.len.saturating_sub(1)) / cluster_size
+            })
+            .collect()
     }
 
     /// Whether an entry of the active tables named the cluster before; from now on one did.

@@ -227,3 +227,24 @@ fn what_is_too_much_to_be_copied_stays_shared() {
     let repaired = Bytes(file.contents());
     assert_eq!(repaired.u64(repaired.l2(0) + 8), repaired.u64(repaired.l2(0) + 16));
 }
+
+#[test]
+fn what_points_past_the_end_does_not_name_copies() {
+    // It would have cost the repair: each copy made the file long enough for the next entry, until a limit ended it half-way; and the
+    // guest would have read copies of other clusters there.
+    let mut bytes = {
+        let options = "cluster_size=1k,compat=v2,preallocation=metadata";
+        Bytes(create(&spec(options, false, 600 << 10)).unwrap().contents())
+    };
+    bytes.0.truncate(264 << 10);
+    // Something is to be copied: two entries name one table, and one names data.
+    bytes.put64(bytes.l1(), bytes.u64(bytes.l1() + 8) & !COPIED);
+    bytes.put64(bytes.l1() + 32, COPIED | 0x2a000);
+    let entries = (0..4).flat_map(|table| (0..128).map(move |entry| (table, entry)));
+    let named = entries.map(|(table, entry)| bytes.u64(bytes.l2(table) + 8 * entry) & OFFSET);
+    let inside = named.filter(|&at| at > 0 && at < bytes.len()).count();
+    let file = bytes.file();
+    let report = block_on(repair_all(&file));
+    assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+    assert_eq!(Guest::of(&file.contents()).active().len(), inside);
+}
