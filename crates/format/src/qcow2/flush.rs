@@ -2,7 +2,7 @@
 //!
 //! One round, for all links committed before it began:
 //!
-//! 1. refcounts that were changed, and, where refcount blocks or a longer refcount table are new, a sync and then what shows
+//! 1. once after the mark was set, a sync; refcounts that were changed, and, where refcount blocks or a longer refcount table are new, a sync and then what shows
 //!    them; sectors of new L2 tables, which nothing on disk refers to yet;
 //! 2. one sync: it covers data (a data file is synced first), the marks in the header, refcounts, new tables, and what earlier
 //!    rounds wrote. What those unlinked is released;
@@ -87,6 +87,7 @@ impl Flusher {
 
         let layout = &self.tables.rules.layout;
         if !self.mark.is_lazy() || self.space.refs.dirty_count() > LAZY_PIECES_MAX {
+            self.mark.make_durable().await?;
             self.write_refcounts().await?;
         }
         let hidden: Vec<u64> = batch
@@ -138,7 +139,7 @@ impl Flusher {
         if let Some(data) = &self.data {
             data.sync().await?;
         }
-        self.file.sync().await?;
+        self.mark.sync().await?;
         self.space.release(&mut releasing.unlinked.released).await?;
         while let Some(table) = releasing.unlinked.refcount_tables.pop() {
             self.space.release_table(table).await?;

@@ -1,7 +1,10 @@
 //! The header while an image is open for writing: its marks, and who may allocate.
 //!
-//! - The in-use mark, and with lazy refcounts the dirty bit, are written before the first cluster is handed out. They are not
-//!   synced by themselves: the sync that precedes every link covers them, so no link can be on disk without them.
+//! - The in-use mark, and with lazy refcounts the dirty bit, are written before the first cluster is handed out. The sync that
+//!   precedes every link covers them, so no link can be on disk without them.
+//! - A refcount that is raised on disk without the mark would be a leak that nobody looks for: so the mark is synced by itself before the
+//!   first refcounts are written ([`Mark::make_durable`]). Taking it off is not: found without need, it costs the next open a
+//!   comparison in the background.
 //! - They go only while nothing holds a [`Ticket`]. Whoever wants one meanwhile waits.
 //! - Autoclear bits that are not kept true are cleared with them, or at the first flush.
 //! - Once corruption was met while writing, nobody gets a ticket.
@@ -41,6 +44,9 @@ struct State {
     corrupt: bool,
     /// Whether an image without a place for the mark was to get one.
     adopted: bool,
+    /// How often marks were written, and which of these a sync has covered.
+    writes: u64,
+    synced: u64,
     tickets: u64,
 }
 
@@ -58,8 +64,17 @@ impl Mark {
         let lazy = header.lazy_refcounts();
         let autoclear = header.clone().clear_autoclear().is_some();
         let ready = header.record.in_use && !autoclear && lazy == header.dirty();
-        let state =
-            State { ready, autoclear, closing: false, corrupt: header.corrupt(), adopted: false, tickets: 0 };
+        let state = State {
+            ready,
+            autoclear,
+            closing: false,
+            corrupt: header.corrupt(),
+            adopted: false,
+            // A mark that was found may be in memory only, if a process was killed.
+            writes: u64::from(ready),
+            synced: 0,
+            tickets: 0,
+        };
         Self {
             file,
             lazy,
@@ -97,11 +112,13 @@ impl Mark {
                     .push(header.change_fields(|fields| fields.incompatible_features |= INCOMPATIBLE_DIRTY));
             }
             writes.extend(header.set_in_use(true));
+            let marked = !writes.is_empty();
             if let Err(error) = self.write(writes).await {
                 *header = before;
                 return Err(error);
             }
             let mut state = self.state.lock();
+            state.writes += u64::from(marked);
             state.ready = true;
             state.autoclear = false;
         }
@@ -120,6 +137,24 @@ impl Mark {
             state.tickets += 1;
             Ticket(self.clone())
         }))
+    }
+
+    /// Syncs the file, unless a sync has covered the marks.
+    pub(super) async fn make_durable(&self) -> Result<(), FormatError> {
+        let covered = {
+            let state = self.state.lock();
+            state.synced == state.writes
+        };
+        if covered { Ok(()) } else { self.sync().await }
+    }
+
+    /// Syncs the file.
+    pub(super) async fn sync(&self) -> Result<(), FormatError> {
+        let writes = self.state.lock().writes;
+        self.file.sync().await?;
+        let mut state = self.state.lock();
+        state.synced = state.synced.max(writes);
+        Ok(())
     }
 
     /// Writes sectors, each once: the last of those for one place.
@@ -203,21 +238,19 @@ impl Closing<'_> {
         self.mark.state.lock().ready
     }
 
-    /// Takes the marks off, durable when this returns. Everything else must be durable already.
+    /// Takes the marks off; the dirty bit is off durably when this returns. Everything else must be durable already.
     pub(super) async fn clear(self) -> Result<(), FormatError> {
         let mut header = self.mark.header.lock().await;
         // From the first byte of this write on the file may be without the mark.
         self.mark.state.lock().ready = false;
+        let dirty = header.dirty();
         let mut writes = Vec::new();
-        if header.dirty() {
+        if dirty {
             writes.push(header.change_fields(|fields| fields.incompatible_features &= !INCOMPATIBLE_DIRTY));
         }
         writes.extend(header.set_in_use(false));
-        if writes.is_empty() {
-            return Ok(());
-        }
         self.mark.write(writes).await?;
-        Ok(self.mark.file.sync().await?)
+        if dirty { self.mark.sync().await } else { Ok(()) }
     }
 }
 

@@ -337,7 +337,7 @@ fn syncs_of_a_flush() {
         assert_eq!(syncs(&guest, Durability::Durable).await, 1, "writes in place are not known here");
         guest.fill(0, 3).await.unwrap();
         assert_eq!(guest.mapper.unlinked_bytes(), 3 * CLUSTER);
-        assert_eq!(syncs(&guest, Durability::Linked).await, 1);
+        assert_eq!(syncs(&guest, Durability::Linked).await, 2, "the mark's, once");
         assert_eq!(guest.mapper.unlinked_bytes(), 0);
         assert_eq!(syncs(&guest, Durability::Durable).await, 1);
         guest.fill(9, 3).await.unwrap();
