@@ -27,7 +27,7 @@ use super::{
     check::count,
     header::{FEATURE_NEED_CHECK, Header},
     layout::Layout,
-    scan::{Beyond, Bitmap, Finding, Place, scan},
+    scan::{Beyond, Bitmap, Finding, Place, Scanned, scan},
 };
 use crate::{
     FormatError,
@@ -205,7 +205,7 @@ async fn data_in_tables(
             });
         }
     };
-    scan(file.as_ref(), layout, Beyond::Wrong, |_, _, _| {}, seen).await?;
+    all_read(&scan(file.as_ref(), layout, Beyond::Wrong, |_, _, _| {}, seen).await?)?;
     let mut moves: Vec<Move> = Vec::new();
     let note = |place, raw, finding| {
         let is_data = matches!((place, finding), (Place::L2 { .. }, Finding::Double(_)));
@@ -214,7 +214,7 @@ async fn data_in_tables(
             moves.push(Move { place, from: raw, to: end + bytes(moves.len()) * cluster_size });
         }
     };
-    scan(file.as_ref(), layout, Beyond::Wrong, note, |_, _| {}).await?;
+    all_read(&scan(file.as_ref(), layout, Beyond::Wrong, note, |_, _| {}).await?)?;
     Ok(moves)
 }
 
@@ -233,7 +233,8 @@ async fn clear_invalid(file: &Arc<dyn Storage>, layout: &Layout, data: &[Move]) 
             }
         };
         let scanned = scan(file.as_ref(), layout, Beyond::Wrong, note, |_, _| {}).await?;
-        if places.is_empty() || scanned.check_errors > 0 {
+        all_read(&scanned)?;
+        if places.is_empty() {
             return Ok(cleared);
         }
         for place in &places {
@@ -295,8 +296,13 @@ async fn owners(
         }
     };
     let scanned = scan(file.as_ref(), layout, Beyond::Wrong, |_, _, _| {}, seen).await?;
+    all_read(&scanned)?;
+    Ok(owners)
+}
+
+fn all_read(scanned: &Scanned) -> Result<(), FormatError> {
     match scanned.check_errors {
-        0 => Ok(owners),
+        0 => Ok(()),
         _ => Err(FormatError::Io(std::io::Error::other("a table cannot be read"))),
     }
 }
