@@ -1,20 +1,21 @@
 //! Dirty budget: whether a write into the page cache would have to wait.
 //!
-//! - It would when too much of the file is dirty, because the kernel then stops the writer; and while a sync is under
-//!   way, because it then waits for the journal.
-//! - A byte written twice counts twice, and the kernel writes pages out by itself: so before a writeback is started the
-//!   kernel is asked how much is dirty at all, which bounds the count.
-//! - At most one writeback is under way.
+//! - It would when too much of the machine's memory is dirty, because the kernel then stops the writer; and while a sync is under way,
+//!   because it then waits for the journal.
+//! - How much is dirty, and may be, is asked of the kernel now and then: the further away the limit was, the later again. In between
+//!   half of what was left is for this file, the other half for all others. The kernel writes out by itself, long before.
+//! - Where nothing is left a writeback of this file is started, at most one at a time.
 //!
-//! Not here: the file (`local`), and the figures for the second rule, which stand there.
+//! Not here: the file (`local`), and the figures for the second rule, which stand there. Not known here: the limit of a memory
+//! cgroup.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// Bytes of one file that may be in the page cache and not on the disk before `write_now` answers `None`, on any machine.
-/// Linux begins to stop writers at about 15 % of the free memory, 300 MB on a machine with 2 GB free.
-const DIRTY_BYTES_MAX_MIN: u64 = 128 << 20;
-/// The same on the largest machine: a sync has to write them.
-const DIRTY_BYTES_MAX_MAX: u64 = 2 << 30;
+/// Bytes that may be dirty where the kernel does not tell its limit. Linux begins to stop writers at about 15 % of the free memory,
+/// 300 MB on a machine with 2 GB free.
+const LEFT_BYTES_UNKNOWN: u64 = 128 << 20;
+/// Bytes written between two questions, at least: one costs as much as ten writes.
+const STEP_BYTES_MIN: u64 = 4 << 20;
 
 /// The kernel's counts of pages.
 struct VmStat(String);
@@ -32,27 +33,37 @@ impl VmStat {
     }
 }
 
-/// Half of what Linux lets be dirty before it stops a writer: half-way between its two thresholds
-/// (`dirty_freerun_ceiling`), which follow the memory and `vm.dirty_*`. The other half is for other files.
-fn dirty_bytes_max() -> u64 {
-    let stat = VmStat::read();
-    let bytes = |name| stat.bytes(name).unwrap_or(0);
-    let ceiling = bytes("nr_dirty_threshold").saturating_add(bytes("nr_dirty_background_threshold")) / 2;
-    (ceiling / 2).clamp(DIRTY_BYTES_MAX_MIN, DIRTY_BYTES_MAX_MAX)
+/// What is dirty on this machine.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Machine {
+    /// Bytes of all files that are dirty or on their way to a device: no single file has more.
+    pub(crate) dirty: u64,
+    /// Bytes that may become dirty before the kernel stops writers.
+    pub(crate) left: u64,
 }
 
-/// Bytes of all files that are dirty or on their way to a device: no single file has more.
-fn dirty_bytes_at_all() -> u64 {
-    let stat = VmStat::read();
-    let all = stat.bytes("nr_dirty").zip(stat.bytes("nr_writeback"));
-    all.map_or(u64::MAX, |(dirty, writeback)| dirty.saturating_add(writeback))
+impl Machine {
+    fn look() -> Self {
+        let stat = VmStat::read();
+        let sum = |a, b| Some(u64::saturating_add(stat.bytes(a)?, stat.bytes(b)?));
+        let dirty = sum("nr_dirty", "nr_writeback").unwrap_or(u64::MAX);
+        // Half-way between the two thresholds (`dirty_freerun_ceiling`), which follow the free memory and `vm.dirty_*`. An eighth of it
+        // is never used: the kernel's counts lag behind.
+        let ceiling = sum("nr_dirty_threshold", "nr_dirty_background_threshold").map(|sum| sum / 2);
+        let left = match ceiling {
+            Some(ceiling) => (ceiling - ceiling / 8).saturating_sub(dirty),
+            None => LEFT_BYTES_UNKNOWN,
+        };
+        Self { dirty, left }
+    }
 }
 
 /// Counts bytes of a file that were written and are not known to be on the disk.
 #[derive(Debug)]
 pub(crate) struct DirtyBudget {
+    look: fn() -> Machine,
     /// Dirty bytes from which on a write has to wait.
-    bytes_max: u64,
+    bytes_max: AtomicU64,
     /// Bytes written since the file was opened.
     written: AtomicU64,
     /// How many of them, the first ones, are on the disk or handed to the device.
@@ -63,12 +74,6 @@ pub(crate) struct DirtyBudget {
     writeback: AtomicBool,
     /// Syncs under way.
     syncs: AtomicU64,
-}
-
-/// Dirty bytes at which writeback is started: late enough that what is written again and again is not written out each
-/// time (the disk, and the CPU that the writeback takes), early enough that the budget does not run out meanwhile.
-fn writeback_bytes(bytes_max: u64) -> u64 {
-    bytes_max / 4 * 3
 }
 
 /// Counts a sync for as long as it lives.
@@ -90,20 +95,31 @@ impl Drop for SyncUnderWay<'_> {
 impl DirtyBudget {
     /// A budget that suits this machine.
     pub(crate) fn new() -> Self {
-        let bytes_max = dirty_bytes_max();
-        Self {
-            bytes_max,
-            look_at: AtomicU64::new(writeback_bytes(bytes_max)),
+        Self::of(Machine::look)
+    }
+
+    /// A budget for the machine that `look` shows.
+    pub(crate) fn of(look: fn() -> Machine) -> Self {
+        let budget = Self {
+            look,
+            bytes_max: AtomicU64::new(0),
+            look_at: AtomicU64::new(0),
             written: AtomicU64::new(0),
             clean: AtomicU64::new(0),
             writeback: AtomicBool::new(false),
             syncs: AtomicU64::new(0),
-        }
+        };
+        budget.learn(look());
+        budget
     }
 
-    #[cfg(test)]
-    pub(crate) fn bytes_max(&self) -> u64 {
-        self.bytes_max
+    /// Takes in what the machine had before this file's last writes. Whether nothing is left.
+    fn learn(&self, machine: Machine) -> bool {
+        let dirty = self.dirty();
+        let ours = machine.left / 2;
+        self.bytes_max.store(dirty + ours, Ordering::Release);
+        self.look_at.store(dirty + (ours / 2).max(STEP_BYTES_MIN), Ordering::Release);
+        ours < STEP_BYTES_MIN
     }
 
     pub(crate) fn written(&self) -> u64 {
@@ -115,7 +131,8 @@ impl DirtyBudget {
     }
 
     pub(crate) fn would_not_wait(&self, len: u64) -> bool {
-        self.syncs.load(Ordering::Acquire) == 0 && self.dirty().saturating_add(len) <= self.bytes_max
+        self.syncs.load(Ordering::Acquire) == 0
+            && self.dirty().saturating_add(len) <= self.bytes_max.load(Ordering::Acquire)
     }
 
     pub(crate) fn add(&self, len: u64) {
@@ -126,35 +143,34 @@ impl DirtyBudget {
         self.clean.fetch_max(round, Ordering::AcqRel);
     }
 
-    /// What the writeback will cover, if one is due. The caller starts it and calls `end_writeback`.
+    /// Asks the kernel, if it is time. What a writeback will cover, if one is due: the caller starts it and calls `end_writeback`.
     pub(crate) fn begin_writeback(&self) -> Option<u64> {
-        self.begin_writeback_knowing(dirty_bytes_at_all)
+        self.begin_writeback_knowing(self.look)
     }
 
-    fn begin_writeback_knowing(&self, dirty_at_all: impl Fn() -> u64) -> Option<u64> {
-        let due = writeback_bytes(self.bytes_max);
+    fn begin_writeback_knowing(&self, look: impl FnOnce() -> Machine) -> Option<u64> {
         if self.dirty() < self.look_at.load(Ordering::Acquire) || self.writeback.swap(true, Ordering::AcqRel)
         {
             return None;
         }
         // Read first: what is written from here on may not be in the kernel's count.
         let written = self.written();
-        self.clean_up_to(written.saturating_sub(dirty_at_all()));
-        let dirty = self.dirty();
-        // Asking costs as much as ten writes: not again before some more was written.
-        self.look_at.store(due.max(dirty + (self.bytes_max - due) / 4), Ordering::Release);
-        if dirty < due {
+        let machine = look();
+        self.clean_up_to(written.saturating_sub(machine.dirty));
+        if !self.learn(machine) {
             self.writeback.store(false, Ordering::Release);
             return None;
         }
         Some(written)
     }
 
+    /// `covered`: what is on the disk now, or `None` where nothing was written out.
     pub(crate) fn end_writeback(&self, covered: Option<u64>) {
         if let Some(round) = covered {
             self.clean_up_to(round);
+            // There is room again, as the next write will learn.
+            self.look_at.store(0, Ordering::Release);
         }
-        self.look_at.store(writeback_bytes(self.bytes_max), Ordering::Release);
         self.writeback.store(false, Ordering::Release);
     }
 }
@@ -163,42 +179,61 @@ impl DirtyBudget {
 mod tests {
     use super::*;
 
+    const MIB: u64 = 1 << 20;
+
+    fn budget(left: u64) -> DirtyBudget {
+        let budget = DirtyBudget::of(|| Machine { dirty: 0, left: 0 });
+        budget.learn(Machine { dirty: 0, left });
+        budget
+    }
+
     #[test]
-    fn one_writeback_at_a_time_and_only_when_due() {
-        let budget = DirtyBudget::new();
-        let begin = || budget.begin_writeback_knowing(|| u64::MAX);
-        let due = writeback_bytes(budget.bytes_max);
-        budget.add(due - 1);
-        assert_eq!(begin(), None);
+    fn half_of_what_is_left_is_for_one_file() {
+        let budget = budget(800 * MIB);
+        assert!(budget.would_not_wait(400 * MIB));
+        assert!(!budget.would_not_wait(400 * MIB + 1));
+        budget.add(200 * MIB - 1);
+        assert_eq!(budget.begin_writeback_knowing(|| panic!("far from the limit")), None);
         budget.add(1);
-        assert_eq!(begin(), Some(due));
-        budget.add(due);
-        assert_eq!(begin(), None);
-        budget.end_writeback(Some(due));
-        assert_eq!(budget.dirty(), due);
-        assert_eq!(begin(), Some(2 * due));
+        // Others wrote as much, so of the 400 that are left 200 are ours.
+        let now = Machine { dirty: 400 * MIB, left: 400 * MIB };
+        assert_eq!(budget.begin_writeback_knowing(|| now), None);
+        assert!(budget.would_not_wait(200 * MIB));
+        assert!(!budget.would_not_wait(200 * MIB + 1));
+    }
+
+    #[test]
+    fn one_writeback_at_a_time_and_only_when_nothing_is_left() {
+        let budget = budget(80 * MIB);
+        let full = |dirty| move || Machine { dirty, left: MIB };
+        budget.add(20 * MIB);
+        assert_eq!(budget.begin_writeback_knowing(full(20 * MIB)), Some(20 * MIB));
+        assert!(!budget.would_not_wait(MIB));
+        budget.add(20 * MIB);
+        assert_eq!(budget.begin_writeback_knowing(full(40 * MIB)), None);
+        budget.end_writeback(Some(20 * MIB));
+        assert_eq!(budget.dirty(), 20 * MIB);
+        assert_eq!(budget.begin_writeback_knowing(full(20 * MIB)), Some(40 * MIB));
+        // It failed: nothing is clean, and the kernel is not asked at each write.
         budget.end_writeback(None);
-        assert_eq!(budget.dirty(), due);
-        assert_eq!(begin(), Some(2 * due));
+        assert_eq!(budget.dirty(), 20 * MIB);
+        assert_eq!(budget.begin_writeback_knowing(|| panic!("asked at once again")), None);
+        budget.add(STEP_BYTES_MIN);
+        let now = Machine { dirty: 20 * MIB, left: 80 * MIB };
+        assert_eq!(budget.begin_writeback_knowing(|| now), None);
+        assert!(budget.would_not_wait(40 * MIB));
     }
 
     #[test]
     fn what_the_kernel_knows_to_be_clean_does_not_count() {
-        let budget = DirtyBudget::new();
-        let due = writeback_bytes(budget.bytes_max);
+        let budget = budget(800 * MIB);
         // The same bytes again and again: little is dirty.
         for _ in 0..10 {
-            budget.add(due);
-            assert_eq!(budget.begin_writeback_knowing(|| 4096), None);
+            budget.add(200 * MIB);
+            let now = Machine { dirty: 4096, left: 800 * MIB };
+            assert_eq!(budget.begin_writeback_knowing(|| now), None);
             assert_eq!(budget.dirty(), 4096);
-            assert!(budget.would_not_wait(due));
+            assert!(budget.would_not_wait(400 * MIB));
         }
-        // Nearly due: the kernel is asked again only after some more.
-        budget.add(due);
-        assert_eq!(budget.begin_writeback_knowing(|| due - 1), None);
-        budget.add(1);
-        assert_eq!(budget.begin_writeback_knowing(|| panic!("asked at once again")), None);
-        budget.add(budget.bytes_max - due);
-        assert_eq!(budget.begin_writeback_knowing(|| u64::MAX), Some(budget.written()));
     }
 }
