@@ -87,6 +87,19 @@ pub async fn full(bench: &Bench, name: &str, format: &str, size: u64) -> anyhow:
 
 const PAGE: u64 = 4096;
 
+/// Has the page cache hold a file in single pages, read one by one.
+pub fn cache_in_pages(path: &Path) -> anyhow::Result<()> {
+    let file = File::open(path)?;
+    file.sync_all()?;
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random)?;
+    let mut page = [0; PAGE as usize];
+    for at in (0..file.metadata()?.len() / PAGE).map(|page| page * PAGE) {
+        file.read_exact_at(&mut page, at)?;
+    }
+    Ok(())
+}
+
 /// An image all of whose L2 tables exist. In each, every eighth page of 4 KiB is full of entries, the rest are holes: so a
 /// random read needs a table that it has not seen, and 1 of 8 has data, in a sparse file.
 pub async fn tables_exist(bench: &Bench, name: &str, format: &str, size: u64) -> anyhow::Result<PathBuf> {

@@ -3,6 +3,8 @@
 //! - All servers run all the time, each with an equal image, pinned to the same CPU; the client is on another, or on the same
 //!   where the row says so. They take turns in short slices, so that what else the machine does meets all alike.
 //! - Where one core does all, a bare loop that does the least shows what the machine allows at all.
+//! - How the page cache holds a file is up to how it was written: in one folio for each large write. ext4 walks a whole folio for
+//!   each small write into it, whoever writes; so one load is measured with single pages too, as after random reads from the disk.
 //! - QEMU is given its best options: each set is measured, and the fastest is taken for the comparison.
 
 use readonce_testkit::nbd_client::lean::{Op, Pattern, Until, Workload};
@@ -29,6 +31,8 @@ struct Load {
     size: u32,
     depth: usize,
     one_core: bool,
+    /// The page cache holds single pages, from here on.
+    in_pages: bool,
     times: f64,
 }
 
@@ -39,6 +43,7 @@ const LOADS: &[Load] = &[
         size: 4096,
         depth: 32,
         one_core: false,
+        in_pages: false,
         times: 3.0,
     },
     Load {
@@ -47,6 +52,7 @@ const LOADS: &[Load] = &[
         size: 4096,
         depth: 32,
         one_core: false,
+        in_pages: false,
         times: 3.0,
     },
     Load {
@@ -55,6 +61,7 @@ const LOADS: &[Load] = &[
         size: 4096,
         depth: 1,
         one_core: true,
+        in_pages: false,
         times: 2.0,
     },
     Load {
@@ -63,6 +70,7 @@ const LOADS: &[Load] = &[
         size: 256 << 10,
         depth: 16,
         one_core: false,
+        in_pages: false,
         times: 1.3,
     },
     Load {
@@ -71,7 +79,17 @@ const LOADS: &[Load] = &[
         size: 256 << 10,
         depth: 16,
         one_core: false,
+        in_pages: false,
         times: 1.3,
+    },
+    Load {
+        what: "4 KiB random write, depth 32, page cache in pages of 4 KiB",
+        op: Op::Write,
+        size: 4096,
+        depth: 32,
+        one_core: false,
+        in_pages: true,
+        times: 3.0,
     },
 ];
 
@@ -81,16 +99,21 @@ pub async fn run(bench: &Bench, format: &str, row: &'static str) -> anyhow::Resu
     let missing = bench.missing(&[Tool::QemuNbd]);
     let image = image::full(bench, &format!("local.{format}"), format, SIZE).await?;
     let mut all = vec![Launch::ours(bench, &image, &["-f", format]).pinned(0).start()?];
+    let mut images = vec![image.clone()];
     if missing.is_none() {
         for (at, options) in QEMU_OPTIONS.iter().enumerate() {
             let image = image::full(bench, &format!("local-peer{at}.{format}"), format, SIZE).await?;
             all.push(Launch::qemu_nbd(bench, &image, format, options).pinned(0).start()?);
+            images.push(image);
         }
     }
     // It only reads, and every byte of the image's file is as good as another.
     let bare = Launch::bare(bench, &image)?.pinned(0).start()?;
     let mut figures = Vec::new();
     for load in LOADS {
+        if load.in_pages {
+            images.iter().try_for_each(|image| image::cache_in_pages(image))?;
+        }
         let mut bare_found = Vec::new();
         let mut found = vec![Vec::new(); all.len()];
         for server in &all {
