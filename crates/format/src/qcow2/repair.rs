@@ -80,21 +80,25 @@ pub(super) async fn rebuild_refcounts(file: &Arc<dyn Storage>) -> Result<(), For
     Ok(())
 }
 
-/// Makes refcounts and flags say what was scanned.
+/// Makes refcounts and flags say what was scanned. In the order of a snapshot's switch, so that at no moment a flag says "alone" beside a
+/// refcount above 1.
 async fn recount(
     file: &Arc<dyn Storage>,
     header: &mut Header,
     mut scanned: Scanned,
 ) -> Result<(), FormatError> {
     let tables = std::mem::take(&mut scanned.tables);
+    let active = || tables.iter().map(|(&table, &named)| (table, named));
     let lost = scanned.lost;
     let recount = Recount::plan(header, scanned)?;
-    recount.raise(file, header).await?;
-    set_flags(file, header, tables.into_iter(), &recount.counts, Change::Any).await?;
+    set_flags(file, header, active(), &recount.counts, Change::Clear).await?;
     file.sync().await?;
+    recount.raise(file, header).await?;
     if !lost {
         recount.lower(file).await?;
     }
+    set_flags(file, header, active(), &recount.counts, Change::Any).await?;
+    file.sync().await?;
     Ok(())
 }
 
