@@ -62,14 +62,22 @@ impl Image {
         // Before the round: this may wait for the origin, and groups, a close and other flushes do not wait for that.
         let completed = self.complete_guest_units().await;
         let ticket = self.rounds.asked.fetch_add(1, Ordering::AcqRel) + 1;
+        let image = self.shared();
+        // To its end: of a sync that nobody waits for any more, nobody would learn that it failed.
+        self.detached(async move { image.serve_flush(ticket).await }).await?;
+        // What is complete is durable even where something else could not be had.
+        completed
+    }
+
+    /// Sees to a round that began after this ticket was taken.
+    async fn serve_flush(&self, ticket: u64) -> Result<(), LayerError> {
         let _round = self.rounds.running.lock().await;
         if self.rounds.served.load(Ordering::Acquire) < ticket {
             let serves = self.rounds.asked.load(Ordering::Acquire);
             self.flush_round().await?;
             self.rounds.served.store(serves, Ordering::Release);
         }
-        // What is complete is durable even where something else could not be had.
-        completed
+        Ok(())
     }
 
     async fn flush_round(&self) -> Result<(), LayerError> {
@@ -97,9 +105,10 @@ impl Image {
         let Some(uses) = &self.uses else { return };
         let _in_order = self.rounds.reusing.lock().await;
         uses.quiesce().await;
-        // A write whose caller went away may still be under way in the kernel, until a sync has passed.
+        // A write whose caller went away may still be under way in the kernel, until a sync has passed: one of the format's, which
+        // are in order.
         if uses.take_torn()
-            && let Err(error) = self.file.sync().await
+            && let Err(error) = self.mapper.flush(Durability::Durable).await
         {
             let error = self.failed(error);
             tracing::warn!("what was unlinked is not used again: {error}");

@@ -60,7 +60,8 @@ pub trait Storage: ReadAt {
     fn set_len(&self, len: u64) -> BoxFuture<'_, io::Result<()>>;
 
     /// Makes every write, cut and hole that completed before this call durable. Its error is never "no space": what it
-    /// should have covered may be lost, and another sync does not bring it back.
+    /// should have covered may be lost, and another sync does not bring it back. Of two at the same time one alone may fail:
+    /// [`Synced`](crate::Synced) is for who has several.
     fn sync(&self) -> BoxFuture<'_, io::Result<()>>;
 }
 

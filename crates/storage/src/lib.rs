@@ -4,6 +4,7 @@
 //! - `runtime`: the one parameter through which time, randomness and spawning come in.
 //! - `local`: a file of this machine. `lock`: QEMU's image locks on it.
 //! - `engine`: how an operation that may wait is done. `ring`: the same, on io_uring.
+//! - `synced`: syncs of several tasks in order.
 //! - `dirty`: whether a write to a file would have to wait.
 //! - `sim`: a simulated disk with power loss. `sparse`: the bytes that it holds.
 //!
@@ -18,9 +19,11 @@ mod ring;
 pub mod runtime;
 pub mod sim;
 mod sparse;
+mod synced;
 
 pub use flat::{BoxFuture, ReadAt, Storage};
 pub use local::{FileIdentity, LocalFile, OpenMode};
 pub use lock::{Access, ImageLock, LockError};
 pub use runtime::{Moment, Rt, Runtime, TokioRuntime};
 pub use sim::SimFile;
+pub use synced::Synced;

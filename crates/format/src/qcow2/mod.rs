@@ -47,7 +47,7 @@ mod writer;
 
 use std::sync::Arc;
 
-use readonce_storage::{BoxFuture, ReadAt, Rt, Storage};
+use readonce_storage::{BoxFuture, ReadAt, Rt, Storage, Synced};
 
 use self::{reader::Reader, writer::Writer};
 use crate::{
@@ -99,6 +99,7 @@ impl Driver for Qcow2 {
         rt: Rt,
     ) -> BoxFuture<'static, Result<Arc<dyn WritableMapper>, FormatError>> {
         Box::pin(async move {
+            let (file, data) = (Synced::over(file), data.map(Synced::over));
             let mapper: Arc<dyn WritableMapper> = Arc::new(Writer::open(file, data, rt).await?);
             Ok(mapper)
         })

@@ -28,7 +28,7 @@ mod writer;
 
 use std::sync::Arc;
 
-use readonce_storage::{BoxFuture, ReadAt, Rt, Storage};
+use readonce_storage::{BoxFuture, ReadAt, Rt, Storage, Synced};
 
 use self::{header::Header, reader::Reader, writer::Writer};
 use crate::{
@@ -79,7 +79,7 @@ impl Driver for Qed {
         rt: Rt,
     ) -> BoxFuture<'static, Result<Arc<dyn WritableMapper>, FormatError>> {
         Box::pin(async move {
-            let mapper: Arc<dyn WritableMapper> = Arc::new(Writer::open(file, rt).await?);
+            let mapper: Arc<dyn WritableMapper> = Arc::new(Writer::open(Synced::over(file), rt).await?);
             Ok(mapper)
         })
     }

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use readonce_storage::{BoxFuture, ReadAt, Rt, Storage};
+use readonce_storage::{BoxFuture, ReadAt, Rt, Storage, Synced};
 
 use crate::{
     Abilities, Driver, Durability, Extent, FormatError, Geometry, Mapper, Mapping, Reservation, Room,
@@ -183,7 +183,7 @@ impl Driver for Raw {
         _: Rt,
     ) -> BoxFuture<'static, Result<Arc<dyn WritableMapper>, FormatError>> {
         Box::pin(async move {
-            let mapper: Arc<dyn WritableMapper> = Arc::new(RawMapper::open(file)?);
+            let mapper: Arc<dyn WritableMapper> = Arc::new(RawMapper::open(Synced::over(file))?);
             Ok(mapper)
         })
     }
