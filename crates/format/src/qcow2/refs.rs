@@ -398,12 +398,12 @@ impl Refs {
             let own = self.cluster(at);
             let home = self.numbers.table_index(own);
             if home == block {
-                let mut zeros = vec![0; index(self.piece_bytes())];
-                self.numbers.set_refcount(&mut zeros, own % self.per_piece(), 1);
+                let zeros = vec![0; index(self.piece_bytes())];
                 let mut state = self.state.lock();
                 Self::show_block(&mut state, block, at);
-                let piece = Piece { bytes: zeros.into(), version: 1, written: 0 };
+                let piece = Piece { bytes: zeros.into(), version: 0, written: 0 };
                 state.pieces.insert(own / self.per_piece(), piece);
+                self.set(&mut state, own, 1);
             } else {
                 self.make_block(tables, home).await?;
                 self.raise_counted(own..own + 1).await?;
