@@ -40,9 +40,9 @@ pub(super) async fn count(
     let compared = compare(file, header, &scanned).await?;
     let mut stored = Stored::new(file, header, &scanned, &compared);
     let mut flags = 0;
-    copied_flags(header, &mut stored, &scanned, |_, times| flags += times).await?;
+    let unread = copied_flags(header, &mut stored, &scanned, |_, times| flags += times).await?;
     let report = CheckReport {
-        check_errors: scanned.check_errors + compared.unreadable,
+        check_errors: (scanned.check_errors + compared.unreadable).max(unread),
         corruptions: scanned.corruptions.saturating_add(compared.too_low + flags),
         leaks: compared.too_high,
         corruptions_fixed: 0,
@@ -201,21 +201,25 @@ pub(super) struct WrongFlag {
     pub(super) raw: u64,
 }
 
-/// Compares the COPIED flags of the active tables with the stored refcounts. `wrong` is told how often the entry is in use.
+/// Compares the COPIED flags of the active tables with the stored refcounts. `wrong` is told how often the entry is in use. Returns
+/// how many pieces of tables could not be read: the scan read them too, but a disk may fail at the second time alone.
 pub(super) async fn copied_flags(
     header: &Header,
     stored: &mut Stored<'_>,
     scanned: &Scanned,
     mut wrong: impl FnMut(WrongFlag, u64),
-) -> Result<(), FormatError> {
+) -> Result<u64, FormatError> {
+    let mut unread = 0;
     let layout = &header.layout;
     let file = stored.file;
     let cluster_size = layout.cluster_size();
     let l1_bytes = u64::from(header.fields.l1_size) * L1_ENTRY_BYTES;
     let mut chunks = Chunks::new(file, header.fields.l1_table_offset, l1_bytes);
     while let Some((at, chunk)) = chunks.next().await {
-        // Counted by the scan.
-        let Ok(chunk) = chunk else { continue };
+        let Ok(chunk) = chunk else {
+            unread += 1;
+            continue;
+        };
         for (at, raw) in words(at, &chunk) {
             let offset = raw & OFFSET_MASK;
             if offset != 0
@@ -230,7 +234,10 @@ pub(super) async fn copied_flags(
     for (&table, named) in scanned.tables.iter().filter(|&(&table, named)| table > 0 && named.active > 0) {
         let mut chunks = Chunks::new(file, table, cluster_size);
         while let Some((at, chunk)) = chunks.next().await {
-            let Ok(chunk) = chunk else { continue };
+            let Ok(chunk) = chunk else {
+                unread += 1;
+                continue;
+            };
             for entry in entries(layout, at, &chunk) {
                 let Cluster::Room { at: offset, .. } = Cluster::of(layout, entry.raw, entry.bitmap) else {
                     continue;
@@ -243,5 +250,5 @@ pub(super) async fn copied_flags(
             }
         }
     }
-    Ok(())
+    Ok(unread)
 }
