@@ -7,7 +7,7 @@
 //!   comparison in the background.
 //! - They go only while nothing holds a [`Ticket`]. Whoever wants one meanwhile waits.
 //! - Autoclear bits that are not kept true are cleared with them, or at the first flush.
-//! - Once corruption was met while writing, nobody gets a ticket.
+//! - Once corruption was met, nobody gets a ticket.
 //!
 //! Not here: whether the image deserves to lose the mark (`writer`).
 
@@ -200,7 +200,7 @@ impl Mark {
         Ok(())
     }
 
-    /// Corruption was met while writing: nobody allocates any more, and the file says so (version 3). Best effort: the
+    /// Corruption was met: nobody allocates any more, and the file says so (version 3). Best effort: the
     /// caller has an error to tell already.
     pub(super) async fn set_corrupt(&self) {
         self.state.lock().corrupt = true;

@@ -6,6 +6,8 @@
 //!   refcount block, the file system's answer for the window that both lie in.
 //! - An L2 table that a snapshot shares is copied before anything in it changes.
 //! - A linked cluster is never moved.
+//! - Whatever meets a wrong entry, a lookup for a read too, marks the image corrupt, as in QEMU: other entries may be as wrong, and the
+//!   next to open it for writing is to be told before it builds on them. Reads, and writes in place, go on meanwhile.
 //!
 //! Not here: how an entry changes (`commit`), the order of writes (`flush`), what a crash left (`reclaim`).
 
@@ -437,6 +439,10 @@ fn shorten(span: &mut Span, count: u64) {
     span.count = count.max(1);
 }
 
+fn is_corrupt<T>(result: &Result<T, FormatError>) -> bool {
+    matches!(result, Err(FormatError::Corrupt { .. }))
+}
+
 /// Of `wanted`, the first units in a row that hold no data: all absent or all zero. A fill of absent units must not write
 /// where units lie that became zeros: the disk may still show there what they were.
 fn free_run(entry: Entry, wanted: Units) -> Units {
@@ -514,11 +520,18 @@ impl Mapper for Writer {
     }
 
     fn lookup_now(&self, offset: u64, len_max: u64) -> Option<Result<Extent, FormatError>> {
-        self.core.tables.extent_now(offset, len_max)
+        // Corruption is to be marked in the file: `lookup` can wait for that.
+        self.core.tables.extent_now(offset, len_max).filter(|extent| !is_corrupt(extent))
     }
 
     fn lookup(&self, offset: u64, len_max: u64) -> BoxFuture<'_, Result<Extent, FormatError>> {
-        Box::pin(self.core.tables.extent(offset, len_max))
+        Box::pin(async move {
+            let extent = self.core.tables.extent(offset, len_max).await;
+            if is_corrupt(&extent) {
+                self.core.mark.set_corrupt().await;
+            }
+            extent
+        })
     }
 
     fn room(&self, offset: u64, len_max: u64) -> BoxFuture<'_, Result<(Option<u64>, u64), FormatError>> {
