@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use readonce_storage::{BoxFuture, ReadAt, Rt, Storage};
 
-use crate::{FormatError, Mapper, WritableMapper};
+use crate::{FormatError, Mapper, WritableMapper, finding::Tell};
 
 /// Every format that readonce knows, in the order in which they are probed.
 pub fn drivers() -> &'static [&'static dyn Driver] {
@@ -255,15 +255,34 @@ pub trait Driver: Send + Sync {
         false
     }
 
-    /// Checks. `Unsupported` for raw.
-    fn check<'a>(&self, file: &'a Arc<dyn ReadAt>) -> BoxFuture<'a, Result<CheckReport, FormatError>>;
+    /// Checks, and hands each finding on as it is met. `Unsupported` for raw.
+    fn check_telling<'a>(
+        &self,
+        file: &'a Arc<dyn ReadAt>,
+        tell: Tell<'a>,
+    ) -> BoxFuture<'a, Result<CheckReport, FormatError>>;
 
-    /// Checks and repairs; the report tells the state after it.
-    fn repair<'a>(
+    /// Checks and repairs. What was wrong before is told; the report tells the state after it.
+    fn repair_telling<'a>(
         &self,
         file: &'a Arc<dyn Storage>,
         repair: Repair,
+        tell: Tell<'a>,
     ) -> BoxFuture<'a, Result<CheckReport, FormatError>>;
+
+    /// [`Driver::check_telling`] for who wants the counts alone.
+    fn check<'a>(&'a self, file: &'a Arc<dyn ReadAt>) -> BoxFuture<'a, Result<CheckReport, FormatError>> {
+        Box::pin(async move { self.check_telling(file, &mut |_| {}).await })
+    }
+
+    /// [`Driver::repair_telling`] for who wants the counts alone.
+    fn repair<'a>(
+        &'a self,
+        file: &'a Arc<dyn Storage>,
+        repair: Repair,
+    ) -> BoxFuture<'a, Result<CheckReport, FormatError>> {
+        Box::pin(async move { self.repair_telling(file, repair, &mut |_| {}).await })
+    }
 
     /// Changes the header.
     fn change<'a>(

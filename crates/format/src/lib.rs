@@ -3,6 +3,7 @@
 //! - `mapper`: the traits [`Mapper`] and [`WritableMapper`], and what they speak in.
 //! - `codec`: compressed clusters.
 //! - `driver`: the trait [`Driver`] of a format as a whole, and the list of formats.
+//! - `finding`: what a check finds wrong, one by one.
 //! - `cache`, `clusters`, `reclaim`, `rounds`: parts that formats with clusters and tables share. `options`: values of `-o` options.
 //! - One folder for each format.
 //!
@@ -17,6 +18,7 @@ mod clusters;
 pub mod codec;
 pub mod driver;
 pub mod error;
+pub mod finding;
 pub mod mapper;
 mod number;
 mod options;
@@ -28,6 +30,7 @@ mod rounds;
 
 pub use driver::Driver;
 pub use error::FormatError;
+pub use finding::Finding;
 pub use mapper::{
     Abilities, CommitMode, Compressed, Durability, Extent, Geometry, Mapper, Mapping, Reservation, Room,
     Unlinked, WritableMapper,

@@ -1,10 +1,10 @@
 //! `readonce check`: consistency, as qemu-img tells it. Exit status 0 clean, 1 not checked, 2 corrupt, 3 leaks, 63 not supported.
 
-use std::{process::ExitCode, sync::Arc};
+use std::{collections::BTreeSet, process::ExitCode, sync::Arc};
 
 use readonce_disk::chain::driver_of;
 use readonce_format::{
-    Driver, FormatError,
+    Driver, Finding, FormatError,
     driver::{CheckReport, Repair},
 };
 use readonce_storage::{ImageLock, ReadAt};
@@ -15,7 +15,7 @@ use crate::{
     failure::{Failure, Outcome},
     json::text,
     look::{self, Output},
-    stdout,
+    report, stdout,
 };
 
 const EXIT_CORRUPT: u8 = 2;
@@ -76,7 +76,51 @@ pub async fn run(args: Args) -> Outcome {
         Output::Human if !args.quiet => stdout::print(checked.human()),
         Output::Json | Output::Human => {}
     }
-    Ok(checked.exit())
+    checked.outcome()
+}
+
+/// Findings that are told one by one; of those beyond, how many there are.
+const FINDINGS_MAX: usize = 1000;
+
+/// What a check found, as far as it is told.
+#[derive(Default)]
+struct Findings {
+    first: Vec<Finding>,
+    more: u64,
+}
+
+impl Findings {
+    fn add(&mut self, finding: Finding) {
+        if self.first.len() < FINDINGS_MAX {
+            self.first.push(finding);
+        } else {
+            self.more += 1;
+        }
+    }
+
+    /// On standard error whatever else is asked for, as qemu-img has them.
+    fn tell(&self) {
+        let mut lines: String = self.first.iter().map(|finding| format!("{finding}\n")).collect();
+        if self.more > 0 {
+            lines += &format!("{} more findings are not told one by one\n", self.more);
+        }
+        report::lines(&lines);
+    }
+
+    /// Those that a repair saw and a check after it did not. Where that check found more than is kept, nobody knows which.
+    fn tell_repaired(&self, after: &Self) {
+        if after.more > 0 {
+            return;
+        }
+        let left: BTreeSet<&Finding> = after.first.iter().collect();
+        let gone = self.first.iter().filter(|finding| !left.contains(finding));
+        let line = |finding: &Finding| {
+            let text = finding.to_string();
+            let kinds = ["ERROR: ", "ERROR ", "Leaked "];
+            Some(format!("Repairing {}\n", kinds.iter().find_map(|kind| text.strip_prefix(kind))?))
+        };
+        report::lines(&gone.filter_map(line).collect::<String>());
+    }
 }
 
 struct Checked {
@@ -89,7 +133,10 @@ async fn examine(image: &str, args: &Args) -> Result<Checked, Failure> {
     let (file, _lock) = look::readable(image, args.force_share, &args.origin).await?;
     let driver =
         driver_of(&*file, args.format.as_deref()).await.map_err(|error| look::cannot_open(image, error))?;
-    let report = driver.check(&file).await.map_err(|error| refused(image, error))?;
+    let mut findings = Findings::default();
+    let report = driver.check_telling(&file, &mut |finding| findings.add(finding)).await;
+    findings.tell();
+    let report = report.map_err(|error| refused(image, error))?;
     Ok(Checked { filename: look::locator(image)?.printable(), format: driver.name(), report })
 }
 
@@ -97,7 +144,13 @@ async fn mend(image: &str, args: &Args, repair: Repair, output: Output) -> Resul
     let format = args.format.as_deref();
     let (file, driver, _lock): (_, &dyn Driver, Option<ImageLock>) = look::hold_file(image, format).await?;
     let readable: Arc<dyn ReadAt> = file.clone();
-    let mut report = driver.repair(&file, repair).await.map_err(|error| refused(image, error))?;
+    let mut before = Findings::default();
+    let report = driver.repair_telling(&file, repair, &mut |finding| before.add(finding)).await;
+    before.tell();
+    let mut report = report.map_err(|error| refused(image, error))?;
+    if before.first.contains(&Finding::NeedsRebuild) {
+        return Err(Failure::new("Check failed: Input/output error"));
+    }
     if report.corruptions_fixed > 0 || report.leaks_fixed > 0 {
         if output == Output::Human && !args.quiet {
             stdout::line(format_args!(
@@ -107,7 +160,11 @@ async fn mend(image: &str, args: &Args, repair: Repair, output: Output) -> Resul
             ));
         }
         let fixed = report;
-        report = driver.check(&readable).await.map_err(|error| refused(image, error))?;
+        let mut after = Findings::default();
+        let again = driver.check_telling(&readable, &mut |finding| after.add(finding)).await;
+        before.tell_repaired(&after);
+        after.tell();
+        report = again.map_err(|error| refused(image, error))?;
         report.corruptions_fixed = fixed.corruptions_fixed;
         report.leaks_fixed = fixed.leaks_fixed;
     }
@@ -126,14 +183,14 @@ fn refused(image: &str, error: FormatError) -> Failure {
 const UNSUPPORTED: &str = "This image format does not support checks";
 
 impl Checked {
-    fn exit(&self) -> ExitCode {
+    fn outcome(&self) -> Outcome {
         let report = &self.report;
-        ExitCode::from(match () {
-            () if report.corruptions > 0 => EXIT_CORRUPT,
-            () if report.check_errors > 0 => 1,
-            () if report.leaks > 0 => EXIT_LEAKS,
-            () => 0,
-        })
+        match () {
+            () if report.check_errors > 0 => Err(Failure::new("Check failed")),
+            () if report.corruptions > 0 => Ok(ExitCode::from(EXIT_CORRUPT)),
+            () if report.leaks > 0 => Ok(ExitCode::from(EXIT_LEAKS)),
+            () => Ok(ExitCode::SUCCESS),
+        }
     }
 
     fn json(&self) -> Value {

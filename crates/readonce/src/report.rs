@@ -33,6 +33,11 @@ pub fn tell(text: impl std::fmt::Display) {
     }
 }
 
+/// Whole lines on standard error, as they are.
+pub fn lines(text: &str) {
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
 /// Warns.
 pub fn warn(text: impl std::fmt::Display) {
     tell(format_args!("warning: {text}"));

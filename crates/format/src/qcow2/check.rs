@@ -1,7 +1,7 @@
 //! Check: compares what refers to clusters with the refcounts that the file stores, and counts in QEMU's terms.
 //!
 //! - A corruption is an entry that holds what may not be there, a refcount that is too low, or a COPIED flag that says other
-//!   than the stored refcount. A leak is a refcount that is too high.
+//!   than the stored refcount. A leak is a refcount that is too high. Each is told as it is met.
 //! - Memory beyond that of `scan`: the clusters whose refcount is wrong, at most [`WRONG_MAX`] of them; more are looked up in
 //!   the file again.
 //!
@@ -13,34 +13,52 @@ use bytes::Bytes;
 use readonce_storage::ReadAt;
 
 use super::{
+    chunks::{Chunks, read_padded, words},
     entry::{COPIED, OFFSET_MASK},
     header::Header,
     layout::L1_ENTRY_BYTES,
     refcount::{Refcounts, TABLE_OFFSET_MASK},
-    scan::{Chunks, Cluster, Nobody, Scanned, entries, read_padded, refcounts, scan, words},
+    scan::{Cluster, Observer, Scanned, entries, refcounts, scan},
 };
-use crate::{FormatError, driver::CheckReport};
+use crate::{Finding, FormatError, driver::CheckReport, finding::Tell};
 
 /// Wrong refcounts that are kept in memory.
 const WRONG_MAX: usize = 1 << 20;
 
 /// Checks the image.
-pub(super) async fn check(file: &Arc<dyn ReadAt>) -> Result<CheckReport, FormatError> {
+pub(super) async fn check(file: &Arc<dyn ReadAt>, tell: Tell<'_>) -> Result<CheckReport, FormatError> {
     let header = Header::read(file.as_ref()).await?;
-    let (report, _, _) = count(file.as_ref(), &header).await?;
+    let (report, _, compared) = count(file.as_ref(), &header, tell).await?;
+    if header.dirty() && compared.too_low > 0 {
+        tell(Finding::NotWrittenYet);
+    }
     Ok(report)
+}
+
+/// Tells what a scan finds, and nobody of what is right.
+struct Teller<'a>(Tell<'a>);
+
+impl Observer for Teller<'_> {
+    fn found(&mut self, finding: Finding) {
+        (self.0)(finding);
+    }
 }
 
 /// Scans, compares and counts.
 pub(super) async fn count(
     file: &dyn ReadAt,
     header: &Header,
+    tell: Tell<'_>,
 ) -> Result<(CheckReport, Scanned, Compared), FormatError> {
-    let scanned = scan(file, header, &mut Nobody).await?;
-    let compared = compare(file, header, &scanned).await?;
+    let scanned = scan(file, header, &mut Teller(tell)).await?;
+    let compared = compare(file, header, &scanned, tell).await?;
     let mut stored = Stored::new(file, header, &scanned, &compared);
     let mut flags = 0;
-    let unread = copied_flags(header, &mut stored, &scanned, |_, times| flags += times).await?;
+    let wrong = |finding, times| {
+        tell(finding);
+        flags += times;
+    };
+    let unread = copied_flags(header, &mut stored, &scanned, wrong).await?;
     let report = CheckReport {
         check_errors: (scanned.check_errors + compared.unreadable).max(unread),
         corruptions: scanned.corruptions.saturating_add(compared.too_low + flags),
@@ -76,17 +94,19 @@ pub(super) async fn compare(
     file: &dyn ReadAt,
     header: &Header,
     scanned: &Scanned,
+    tell: Tell<'_>,
 ) -> Result<Compared, FormatError> {
     let refcounts = refcounts(&header.layout);
     let clusters = scanned.end();
     let mut compared = Compared { wrong: Some(BTreeMap::new()), ..Compared::default() };
-    let mut note = |cluster: u64, stored: u64, counted: u64| {
+    let mut note = |cluster: u64, stored: u64, counted: u64, tell: Tell<'_>| {
         if stored > 0 || counted > 0 {
             compared.last = cluster;
         }
         if stored == counted {
             return;
         }
+        tell(Finding::Refcount { cluster, stored, counted });
         if stored > counted {
             compared.too_high += 1;
         } else {
@@ -106,6 +126,7 @@ pub(super) async fn compare(
         let block = match read_block(file, &refcounts, &scanned.table, number).await {
             Some(Ok(block)) => block,
             Some(Err(())) => {
+                tell(Finding::RefcountsUnread { cluster: first, count: end - first });
                 unreadable += end - first;
                 continue;
             }
@@ -114,14 +135,14 @@ pub(super) async fn compare(
         if block.iter().all(|&byte| byte == 0) {
             let mut from = first;
             while let Some(cluster) = scanned.counts.next_used(from, end) {
-                note(cluster, 0, scanned.counts.count(cluster));
+                note(cluster, 0, scanned.counts.count(cluster), tell);
                 from = cluster + 1;
             }
             continue;
         }
         let stored = (first..end).map(|cluster| refcounts.refcount(&block, cluster - first));
         for ((cluster, stored), counted) in (first..).zip(stored).zip(scanned.counts.from(first)) {
-            note(cluster, stored, counted);
+            note(cluster, stored, counted, tell);
         }
         tokio::task::yield_now().await;
     }
@@ -192,22 +213,13 @@ impl<'a> Stored<'a> {
     }
 }
 
-/// An entry whose COPIED flag is wrong.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct WrongFlag {
-    /// Byte offset of the entry's first word.
-    pub(super) at: u64,
-    /// The word as it should be.
-    pub(super) raw: u64,
-}
-
 /// Compares the COPIED flags of the active tables with the stored refcounts. `wrong` is told how often the entry is in use. Returns
 /// how many pieces of tables could not be read: the scan read them too, but a disk may fail at the second time alone.
 pub(super) async fn copied_flags(
     header: &Header,
     stored: &mut Stored<'_>,
     scanned: &Scanned,
-    mut wrong: impl FnMut(WrongFlag, u64),
+    mut wrong: impl FnMut(Finding, u64),
 ) -> Result<u64, FormatError> {
     let mut unread = 0;
     let layout = &header.layout;
@@ -221,12 +233,13 @@ pub(super) async fn copied_flags(
             continue;
         };
         for (at, raw) in words(at, &chunk) {
+            let index = (at - header.fields.l1_table_offset) / L1_ENTRY_BYTES;
             let offset = raw & OFFSET_MASK;
             if offset != 0
                 && let Some(refcount) = stored.refcount(offset / cluster_size).await
                 && (refcount == 1) != (raw & COPIED != 0)
             {
-                wrong(WrongFlag { at, raw: raw ^ COPIED }, 1);
+                wrong(Finding::CopiedTable { index, entry: raw, refcount }, 1);
             }
         }
     }
@@ -244,8 +257,10 @@ pub(super) async fn copied_flags(
                 };
                 let refcount =
                     if layout.external_data { Some(1) } else { stored.refcount(offset / cluster_size).await };
-                if refcount.is_some_and(|refcount| (refcount == 1) != (entry.raw & COPIED != 0)) {
-                    wrong(WrongFlag { at: entry.at, raw: entry.raw ^ COPIED }, named.active);
+                if let Some(refcount) = refcount
+                    && (refcount == 1) != (entry.raw & COPIED != 0)
+                {
+                    wrong(Finding::CopiedData { entry: entry.raw, refcount }, named.active);
                 }
             }
         }

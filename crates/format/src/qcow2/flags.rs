@@ -9,11 +9,13 @@ use std::sync::Arc;
 use readonce_storage::Storage;
 
 use super::{
+    chunks::{Chunks, words},
+    counts::Counts,
     entry::{COPIED, OFFSET_MASK},
     header::Header,
     layout::L1_ENTRY_BYTES,
     recount::write_changes,
-    scan::{Chunks, Cluster, Counts, Named, entries, words},
+    scan::{Cluster, Named, entries},
 };
 use crate::{FormatError, number::index};
 

@@ -6,9 +6,10 @@ use bytes::Bytes;
 use readonce_storage::ReadAt;
 
 use super::{
+    chunks::{read_padded, words},
     header::Header,
     refcount::{TABLE_ENTRY_BYTES, TABLE_OFFSET_MASK},
-    scan::{read_padded, refcounts, words},
+    scan::refcounts,
 };
 use crate::FormatError;
 

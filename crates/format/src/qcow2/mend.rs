@@ -21,14 +21,14 @@ use bytes::Bytes;
 use readonce_storage::{Storage, flat::is_no_space};
 
 use super::{
+    chunks::read_padded,
+    counts::Counts,
     entry::{COMPRESSED, COPIED, OFFSET_MASK},
     header::{AUTOCLEAR_BITMAPS, Header},
     layout::{Layout, SECTOR_BYTES},
     overlaps,
     recount::end_of_file,
-    scan::{
-        Cluster, Counts, Entry, Finding, Named, Nobody, Observer, Scanned, Wrong, read_padded, references,
-    },
+    scan::{Cluster, Entry, Named, Nobody, Observer, Scanned, Wrong, WrongEntry, references},
     snapshots::Table,
 };
 use crate::FormatError;
@@ -126,8 +126,8 @@ async fn round(
 
 /// What a scan found to mend.
 struct Found {
-    l1: Vec<Finding>,
-    l2: Vec<Finding>,
+    l1: Vec<WrongEntry>,
+    l2: Vec<WrongEntry>,
     copies: Vec<Copy>,
     /// Clusters that an entry of the active tables names have a count.
     active: Counts,
@@ -167,11 +167,11 @@ struct Copy {
 }
 
 impl Observer for Found {
-    fn wrong_l1(&mut self, finding: Finding) {
+    fn wrong_l1(&mut self, finding: WrongEntry) {
         push(&mut self.l1, finding);
     }
 
-    fn wrong_l2(&mut self, finding: Finding) {
+    fn wrong_l2(&mut self, finding: WrongEntry) {
         push(&mut self.l2, finding);
     }
 

@@ -5,14 +5,17 @@
 //! - `writer`: an image open for writing; `commit`: how an entry changes, `links`: what is linked in memory and not yet on disk,
 //!   `space` and `refs`: clusters and their refcounts, `flush`: how it all gets to the disk, `mark`: the header meanwhile,
 //!   `known`: what is no place for data, `reclaim`: what a crash left.
-//! - `refcount`, `snapshots`: refcounts and snapshots as the file stores them; `scan`, `check`: what refers to clusters, and
+//! - `refcount`, `snapshots`: refcounts and snapshots as the file stores them; `scan` with `counts`, `chunks` and `bitmaps`, `check`: what refers to clusters, and
 //!   whether the refcounts say the same; `repair` with `mend`, `overlaps`, `recount` and `flags`: making it right; `snapshot`:
 //!   internal snapshots made, applied and deleted.
 //! - `describe`: what an image says of itself. `head`, `create`: a new image; `change`, `grow`: a changed header.
 
+mod bitmaps;
 mod change;
 mod check;
+mod chunks;
 mod commit;
+mod counts;
 mod create;
 mod describe;
 mod entry;
@@ -53,6 +56,7 @@ use self::{reader::Reader, writer::Writer};
 use crate::{
     Driver, FormatError, Mapper, WritableMapper,
     driver::{CheckReport, CreateSpec, Description, HeaderChange, OptionSpec, Repair, SnapshotChange},
+    finding::Tell,
 };
 
 /// The qcow2 format.
@@ -110,16 +114,21 @@ impl Driver for Qcow2 {
         true
     }
 
-    fn check<'a>(&self, file: &'a Arc<dyn ReadAt>) -> BoxFuture<'a, Result<CheckReport, FormatError>> {
-        Box::pin(check::check(file))
+    fn check_telling<'a>(
+        &self,
+        file: &'a Arc<dyn ReadAt>,
+        tell: Tell<'a>,
+    ) -> BoxFuture<'a, Result<CheckReport, FormatError>> {
+        Box::pin(check::check(file, tell))
     }
 
-    fn repair<'a>(
+    fn repair_telling<'a>(
         &self,
         file: &'a Arc<dyn Storage>,
         repair: Repair,
+        tell: Tell<'a>,
     ) -> BoxFuture<'a, Result<CheckReport, FormatError>> {
-        Box::pin(repair::repair(file, repair))
+        Box::pin(repair::repair(file, repair, tell))
     }
 
     fn change<'a>(

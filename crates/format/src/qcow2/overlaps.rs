@@ -14,11 +14,13 @@ use std::{ops::Range, sync::Arc};
 use readonce_storage::{ReadAt, Storage};
 
 use super::{
+    chunks::{Chunks, read_padded, words},
+    counts::Counts,
     entry::OFFSET_MASK,
     header::Header,
     layout::L1_ENTRY_BYTES,
     recount::end_of_file,
-    scan::{Chunks, Counts, Nobody, Scanned, read_padded, scan, words},
+    scan::{Nobody, Scanned, scan},
     snapshots::{Entry, Table},
 };
 use crate::FormatError;

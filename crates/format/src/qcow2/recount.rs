@@ -21,10 +21,12 @@ use bytes::Bytes;
 use readonce_storage::Storage;
 
 use super::{
+    chunks::read_padded,
+    counts::Counts,
     header::Header,
     layout::SECTOR_BYTES,
     refcount::{Refcounts, TABLE_ENTRY_BYTES, TABLE_OFFSET_MASK},
-    scan::{Counts, Scanned, read_padded, refcounts},
+    scan::{Scanned, refcounts},
 };
 use crate::{
     FormatError,

@@ -1,7 +1,8 @@
 //! Repair: entries, refcounts and COPIED flags become right, and the marks of an image that may be wrong go.
 //!
 //! - `Leaks` lowers refcounts that are too high. It changes no reference, and does nothing where the refcount table or a
-//!   block is broken, or where something is wrong that may have meant the clusters that seem to be leaked.
+//!   block is broken, where refcounts were to be written late and never were, or where something is wrong that may have meant the clusters
+//!   that seem to be leaked.
 //! - `All` mends entries (`mend`), raises what is too low and writes anew what is broken (`recount`), then flags, then lowers.
 //! - A cluster that two entries show is copied for one of them; where that would be too much, both keep it with a refcount of 2, and
 //!   either gets its own copy when it is written.
@@ -25,15 +26,26 @@ use super::{
     scan::{Nobody, Scanned, references},
 };
 use crate::{
-    FormatError,
+    Finding, FormatError,
     driver::{CheckReport, Repair},
+    finding::Tell,
 };
 
-/// Repairs the image; the report tells the state after it.
-pub(super) async fn repair(file: &Arc<dyn Storage>, what: Repair) -> Result<CheckReport, FormatError> {
+/// Repairs the image; tells what was wrong, and the report tells the state after it.
+pub(super) async fn repair(
+    file: &Arc<dyn Storage>,
+    what: Repair,
+    tell: Tell<'_>,
+) -> Result<CheckReport, FormatError> {
     let mut header = Header::read(file.as_ref()).await?;
-    let (before, scanned, compared) = count(file.as_ref(), &header).await?;
+    let (before, scanned, compared) = count(file.as_ref(), &header, tell).await?;
     if scanned.check_errors > 0 {
+        return Ok(before);
+    }
+    if what == Repair::Leaks && header.dirty() && compared.too_low > 0 {
+        // Refcounts that were never written say nothing about leaks.
+        tell(Finding::NeedsRebuild);
+        tell(Finding::NotWrittenYet);
         return Ok(before);
     }
     let wrong = before.corruptions > 0 || before.leaks > 0 || before.check_errors > 0;
@@ -50,7 +62,7 @@ pub(super) async fn repair(file: &Arc<dyn Storage>, what: Repair) -> Result<Chec
                 }
             }
         }
-        after = count(file.as_ref(), &header).await?.0;
+        after = count(file.as_ref(), &header, &mut |_| {}).await?.0;
         cut(file, &after).await?;
     }
     if after.corruptions == 0 && after.check_errors == 0 {

@@ -4,165 +4,45 @@
 //!   table, refcount blocks. What lies past the end of the file reads as zeros.
 //! - Every L2 table is read once, however many L1 entries name it: what is found in it counts as often as it is named. L1
 //!   tables that overlap are read once too. So the work stays below the length of the tables, and [`WALK_BYTES_MAX`].
-//! - Memory: a byte for each cluster, in pages of [`PAGE`] that exist only where something refers to (at most
-//!   [`PAGES_MAX`]); one entry for each L2 table (at most [`TABLES_MAX`]); one chunk of a table.
+//! - Memory: that of the counts; one entry for each L2 table (at most [`TABLES_MAX`]); one chunk of a table.
 //!
-//! Not here: what the file says the refcounts are (`check`), and what to do about what is found (`repair`).
+//! Not here: the counts themselves (`counts`), what the file says the refcounts are (`check`), and what to do about what is
+//! found (`repair`).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     ops::Range,
 };
 
-use bytes::Bytes;
 use readonce_storage::ReadAt;
 
 use super::{
+    bitmaps::count_bitmaps,
+    chunks::{Chunks, read_padded, words},
+    counts::Counts,
     entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO},
     extensions::be_u64,
-    header::{AUTOCLEAR_BITMAPS, Header},
+    header::Header,
     layout::{L1_BYTES_MAX, L1_ENTRY_BYTES, Layout, SECTOR_BYTES},
     refcount::{Refcounts, TABLE_ENTRY_BYTES, TABLE_OFFSET_MASK},
     snapshots,
 };
 use crate::{
-    FormatError,
+    Finding, FormatError,
     number::{bytes, index, round_down, round_up},
 };
 
 /// Clusters of the largest file that can be scanned: what QEMU checks.
 pub(super) const CLUSTERS_MAX: u64 = 1 << 31;
-/// Counts of a page.
-pub(super) const PAGE: u64 = 4096;
-/// Pages of counts: 512 MiB.
-const PAGES_MAX: usize = 1 << 17;
-/// Number of the last page that can be: behind the longest file there is room for its refcounts.
-const PAGE_NUMBER_MAX: usize = 1 << 20;
 /// L2 tables.
 const TABLES_MAX: usize = 1 << 22;
 /// Bytes of tables that one scan reads; L2 tables of a 512 TiB guest with clusters of 64 KiB.
 const WALK_BYTES_MAX: u64 = 64 << 30;
-/// Bytes of a bitmap's entry in the directory before its name.
-const BITMAP_ENTRY_BYTES: usize = 24;
-/// Bytes of the longest table of a bitmap: what QEMU opens.
-const BITMAP_TABLE_BYTES_MAX: u64 = 0x800_0000 * 8;
-/// Bytes of a table that are read at once.
-const CHUNK_BYTES: u64 = 64 << 10;
-/// A byte of a page that says: look into the map.
-const MANY: u8 = u8::MAX;
 
 const L1_RESERVED: u64 = !(OFFSET_MASK | COPIED);
 const L2_RESERVED: u64 = !(OFFSET_MASK | COPIED | COMPRESSED | ZERO);
 /// The half of a subcluster bitmap that says "allocated".
 const BITMAP_ALLOCATED: u64 = 0xffff_ffff;
-
-/// How often each cluster is referred to. Counts stop at the largest refcount of the image.
-pub(super) struct Counts {
-    /// By the number of the page; none where nothing refers to.
-    pages: Vec<Option<Box<[u8]>>>,
-    /// Pages that are there.
-    pages_used: usize,
-    /// Counts of [`MANY`] and more.
-    many: BTreeMap<u64, u64>,
-    max: u64,
-}
-
-impl Counts {
-    pub(super) fn new(max: u64) -> Self {
-        Self { pages: Vec::new(), pages_used: 0, many: BTreeMap::new(), max }
-    }
-
-    /// Adds to a cluster's count; returns what would not fit below the largest refcount.
-    pub(super) fn add(&mut self, cluster: u64, times: u64) -> Result<u64, FormatError> {
-        let now = self.count(cluster);
-        let room = self.max - now;
-        self.set(cluster, now + times.min(room))?;
-        Ok(times.saturating_sub(room))
-    }
-
-    pub(super) fn set(&mut self, cluster: u64, count: u64) -> Result<(), FormatError> {
-        let number = index(cluster / PAGE);
-        if self.pages.get(number).is_none_or(Option::is_none) {
-            if count == 0 {
-                return Ok(());
-            }
-            self.make_page(number)?;
-        }
-        let page = self.pages.get_mut(number).and_then(Option::as_mut).expect("it was just made");
-        let byte = page.get_mut(index(cluster % PAGE)).expect("below the length of a page");
-        let new = u8::try_from(count).unwrap_or(MANY);
-        if *byte == MANY {
-            self.many.remove(&cluster);
-        }
-        *byte = new;
-        if new == MANY {
-            self.many.insert(cluster, count);
-        }
-        Ok(())
-    }
-
-    fn make_page(&mut self, number: usize) -> Result<(), FormatError> {
-        if self.pages_used >= PAGES_MAX || number > PAGE_NUMBER_MAX {
-            return Err(FormatError::Unsupported(format!(
-                "the file uses clusters in more than {PAGES_MAX} places, each {PAGE} clusters long"
-            )));
-        }
-        if self.pages.len() <= number {
-            self.pages.resize_with(number + 1, || None);
-        }
-        if let Some(page) = self.pages.get_mut(number) {
-            *page = Some(vec![0; index(PAGE)].into());
-            self.pages_used += 1;
-        }
-        Ok(())
-    }
-
-    fn page(&self, number: u64) -> Option<&[u8]> {
-        usize::try_from(number).ok().and_then(|number| self.pages.get(number)).and_then(Option::as_deref)
-    }
-
-    pub(super) fn count(&self, cluster: u64) -> u64 {
-        match self.page(cluster / PAGE).and_then(|page| page.get(index(cluster % PAGE))) {
-            None => 0,
-            Some(&MANY) => self.many.get(&cluster).copied().unwrap_or_default(),
-            Some(&count) => count.into(),
-        }
-    }
-
-    /// The counts of the clusters from `start` on, without end.
-    pub(super) fn from(&self, start: u64) -> impl Iterator<Item = u64> {
-        (start / PAGE..).flat_map(move |number| {
-            let page = self.page(number);
-            let first = number * PAGE;
-            (first.max(start)..first + PAGE).map(move |cluster| {
-                match page.and_then(|page| page.get(index(cluster - first))) {
-                    None => 0,
-                    Some(&MANY) => self.many.get(&cluster).copied().unwrap_or_default(),
-                    Some(&count) => count.into(),
-                }
-            })
-        })
-    }
-
-    /// The first cluster at or after `start`, and before `end`, that is referred to.
-    pub(super) fn next_used(&self, start: u64, end: u64) -> Option<u64> {
-        let pages_end = end.div_ceil(PAGE).min(bytes(self.pages.len()));
-        (start / PAGE..pages_end).find_map(|number| {
-            let first = number * PAGE;
-            let from = start.saturating_sub(first);
-            let found = self.page(number)?.iter().skip(index(from)).position(|&count| count > 0)?;
-            Some(first + from + bytes(found)).filter(|&cluster| cluster < end)
-        })
-    }
-
-    /// The last cluster that is referred to.
-    pub(super) fn last_used(&self) -> Option<u64> {
-        (0..bytes(self.pages.len())).rev().find_map(|number| {
-            let at = self.page(number)?.iter().rposition(|&count| count > 0)?;
-            Some(number * PAGE + bytes(at))
-        })
-    }
-}
 
 /// How often an L2 table is named.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -213,9 +93,9 @@ pub(super) enum Wrong {
     Nowhere,
 }
 
-/// An entry of an L1 or L2 table that is wrong.
+/// An entry of an L1 or L2 table that is wrong, and how it is put right.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Finding {
+pub(super) struct WrongEntry {
     /// Byte offset of the entry.
     pub(super) at: u64,
     /// The entry as it should be: bits put right, or naming nothing.
@@ -241,10 +121,12 @@ pub(super) struct Entry {
 
 /// What looks at a scan from outside.
 pub(super) trait Observer: Send {
+    /// Anything that is wrong, in the order in which it is met.
+    fn found(&mut self, _finding: Finding) {}
     /// An L1 entry that is wrong.
-    fn wrong_l1(&mut self, _finding: Finding) {}
+    fn wrong_l1(&mut self, _wrong: WrongEntry) {}
     /// An L2 entry that is wrong.
-    fn wrong_l2(&mut self, _finding: Finding) {}
+    fn wrong_l2(&mut self, _wrong: WrongEntry) {}
     /// A good L1 entry whose table is named more often than the largest refcount says.
     fn over_l1(&mut self, _at: u64, _raw: u64) {}
     /// A good entry of the active L1 table whose table an earlier one names too.
@@ -308,30 +190,40 @@ pub(super) struct Scanned {
 impl Scanned {
     /// Counts references to all clusters that `size` bytes at `offset` touch. `false`: they end a cluster or more past the file's
     /// end, which counts as a corruption for each time.
-    fn refer(&mut self, offset: u64, size: u64, times: u64) -> Result<bool, FormatError> {
+    pub(super) fn refer(
+        &mut self,
+        offset: u64,
+        size: u64,
+        times: u64,
+        observer: &mut dyn Observer,
+    ) -> Result<bool, FormatError> {
         self.over = 0;
         if size == 0 {
             return Ok(true);
         }
         let end_max = self.file_len.saturating_add(1 << self.cluster_bits);
         let Some(end) = offset.checked_add(size).filter(|&end| end < end_max) else {
+            observer.found(Finding::PastEnd { offset, size });
             self.wrong(times);
             return Ok(false);
         };
         for cluster in offset >> self.cluster_bits..=(end - 1) >> self.cluster_bits {
             let over = self.counts.add(cluster, times)?;
             self.over = self.over.max(over);
+            if over > 0 {
+                observer.found(Finding::Overflow(cluster << self.cluster_bits));
+            }
             self.wrong(over);
         }
         Ok(true)
     }
 
-    fn wrong(&mut self, times: u64) {
+    pub(super) fn wrong(&mut self, times: u64) {
         self.corruptions = self.corruptions.saturating_add(times);
     }
 
     /// Notes a table: its clusters are metadata. Merges what touches.
-    fn note_table(&mut self, offset: u64, size: u64) {
+    pub(super) fn note_table(&mut self, offset: u64, size: u64) {
         let cluster_size = 1 << self.cluster_bits;
         let mut start = round_down(offset, cluster_size);
         let mut end = round_up(offset.saturating_add(size), cluster_size).unwrap_or(u64::MAX);
@@ -376,7 +268,7 @@ impl Scanned {
     }
 
     /// Counts bytes of tables that are about to be read.
-    fn walk(&mut self, len: u64) -> Result<(), FormatError> {
+    pub(super) fn walk(&mut self, len: u64) -> Result<(), FormatError> {
         self.walked = self.walked.saturating_add(len);
         if self.walked > WALK_BYTES_MAX {
             return Err(FormatError::Unsupported(format!(
@@ -385,51 +277,6 @@ impl Scanned {
         }
         Ok(())
     }
-}
-
-/// Bytes of a file as QEMU sees them: zeros past its end.
-pub(super) async fn read_padded(file: &dyn ReadAt, offset: u64, len: u64) -> Result<Bytes, std::io::Error> {
-    let there = file.len().saturating_sub(offset).min(len);
-    if there == len {
-        return file.read(offset, index(len)).await;
-    }
-    let mut padded = Vec::new();
-    if there > 0 {
-        padded.extend_from_slice(&file.read(offset, index(there)).await?);
-    }
-    padded.resize(index(len), 0);
-    Ok(padded.into())
-}
-
-/// A table, read in chunks; past the end of the file it reads as zeros, and is not read.
-pub(super) struct Chunks<'a> {
-    file: &'a dyn ReadAt,
-    at: u64,
-    end: u64,
-}
-
-impl<'a> Chunks<'a> {
-    /// `len` bytes from `offset`, a multiple of 16.
-    pub(super) fn new(file: &'a dyn ReadAt, offset: u64, len: u64) -> Self {
-        let end = offset.saturating_add(len).min(file.len().saturating_add(15));
-        Self { file, at: offset, end }
-    }
-
-    /// The next chunk and its byte offset; whole entries.
-    pub(super) async fn next(&mut self) -> Option<(u64, Result<Bytes, std::io::Error>)> {
-        let left = self.end.checked_sub(self.at).filter(|&left| left > 0)?;
-        let at = self.at;
-        // Entries never straddle two chunks: tables are multiples of 8 long, and chunks of 16.
-        let len = left.min(CHUNK_BYTES);
-        self.at += len;
-        tokio::task::yield_now().await;
-        Some((at, read_padded(self.file, at, round_down(len.saturating_add(7), 8)).await))
-    }
-}
-
-/// Big-endian words with their byte offset.
-pub(super) fn words(at: u64, data: &[u8]) -> impl Iterator<Item = (u64, u64)> {
-    (at..).step_by(8).zip(data.chunks_exact(8).map(be_u64))
 }
 
 /// Reads everything that refers to clusters.
@@ -442,7 +289,7 @@ pub(super) async fn scan(
     observer: &mut dyn Observer,
 ) -> Result<Scanned, FormatError> {
     let mut scanned = references(file, header, observer).await?;
-    refcount_blocks(header, &mut scanned)?;
+    refcount_blocks(header, &mut scanned, observer)?;
     Ok(scanned)
 }
 
@@ -490,10 +337,10 @@ pub(super) async fn references(
         walked: 0,
         unaligned_left: file_len,
     };
-    scanned.refer(0, cluster_size, 1)?;
+    scanned.refer(0, cluster_size, 1, observer)?;
     scanned.note_table(0, cluster_size);
-    let l1s = l1_tables(file, header, &mut scanned).await?;
-    bitmaps(file, header, &mut scanned).await?;
+    let l1s = l1_tables(file, header, &mut scanned, observer).await?;
+    count_bitmaps(file, header, &mut scanned, observer).await?;
     refcount_table(file, header, &mut scanned).await?;
     walk_l1(file, layout, &l1s, &mut scanned, observer).await?;
     walk_l2(file, layout, &mut scanned, observer).await?;
@@ -519,6 +366,7 @@ async fn l1_tables(
     file: &dyn ReadAt,
     header: &Header,
     scanned: &mut Scanned,
+    observer: &mut dyn Observer,
 ) -> Result<Vec<L1>, FormatError> {
     let fields = &header.fields;
     let cluster_size = header.layout.cluster_size();
@@ -527,11 +375,17 @@ async fn l1_tables(
     scanned.snapshots = snapshots::Table::read(file, fields.snapshots_offset, fields.nb_snapshots).await?;
     for (number, entry) in scanned.snapshots.entries.iter().enumerate() {
         let (offset, bytes) = (entry.l1_offset, u64::from(entry.l1_entries) * L1_ENTRY_BYTES);
-        scanned.short_snapshots |= fields.version >= 3 && !entry.complete;
-        scanned.corruptions += u64::from(fields.version >= 3 && !entry.complete);
+        if fields.version >= 3 && !entry.complete {
+            observer.found(Finding::SnapshotIncomplete(crate::number::bytes(number)));
+            scanned.short_snapshots = true;
+            scanned.corruptions += 1;
+        }
         // The header lies at 0.
         let bad_offset = !offset.is_multiple_of(cluster_size) || offset == 0 && bytes > 0;
         if bad_offset || bytes > L1_BYTES_MAX {
+            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            let (id, name) = (text(&entry.id), text(&entry.name));
+            observer.found(Finding::SnapshotTable { id, name, offset });
             scanned.corruptions += 1;
             scanned.bad_snapshots.insert(number);
         } else {
@@ -540,7 +394,7 @@ async fn l1_tables(
     }
     for l1 in &l1s {
         scanned.walk(l1.bytes)?;
-        if scanned.refer(l1.offset, l1.bytes, 1)? {
+        if scanned.refer(l1.offset, l1.bytes, 1, observer)? {
             scanned.note_table(l1.offset, l1.bytes);
         } else {
             scanned.bad_snapshots.extend(l1.snapshot);
@@ -549,7 +403,7 @@ async fn l1_tables(
     scanned.lost |= !scanned.bad_snapshots.is_empty();
     let table_bytes = scanned.snapshots.bytes;
     scanned.note_table(fields.snapshots_offset, table_bytes);
-    scanned.refer(fields.snapshots_offset, table_bytes, 1)?;
+    scanned.refer(fields.snapshots_offset, table_bytes, 1, observer)?;
     Ok(l1s)
 }
 
@@ -578,10 +432,14 @@ async fn walk_l1(
         let Some(&(end, _)) = edges.peek().filter(|_| named.total > 0) else { continue };
         let mut chunks = Chunks::new(file, start, end - start);
         while let Some((at, chunk)) = chunks.next().await {
-            let Ok(chunk) = chunk else {
-                scanned.check_errors += 1;
-                scanned.lost = true;
-                continue;
+            let chunk = match chunk {
+                Ok(chunk) => chunk,
+                Err(error) => {
+                    observer.found(Finding::Unreadable { offset: at, cause: error.to_string() });
+                    scanned.check_errors += 1;
+                    scanned.lost = true;
+                    continue;
+                }
             };
             for (at, raw) in words(at, &chunk).filter(|&(_, raw)| raw != 0) {
                 l1_entry(layout, at, raw, named, scanned, observer)?;
@@ -604,12 +462,14 @@ fn l1_entry(
     let kept = raw & !L1_RESERVED & !(cluster_size - 1);
     let mut finding = None;
     if raw & L1_RESERVED != 0 {
+        observer.found(Finding::L1Bits(raw));
         scanned.wrong(named.total);
         finding = Some((kept, Wrong::Bits));
     }
-    let inside = scanned.refer(offset, cluster_size, named.total)?;
+    let inside = scanned.refer(offset, cluster_size, named.total, observer)?;
     let over = scanned.over > 0;
     if !offset.is_multiple_of(cluster_size) {
+        observer.found(Finding::TableUnaligned(offset));
         scanned.wrong(named.total);
         scanned.lost = true;
         finding = Some((0, Wrong::Unaligned { rounded: kept }));
@@ -620,7 +480,7 @@ fn l1_entry(
     }
     let twice = named.active > 0 && scanned.tables.get(&offset).is_some_and(|table| table.active > 0);
     match finding {
-        Some((raw, wrong)) => observer.wrong_l1(Finding { at, raw, bitmap: 0, rounded_bitmap: 0, wrong }),
+        Some((raw, wrong)) => observer.wrong_l1(WrongEntry { at, raw, bitmap: 0, rounded_bitmap: 0, wrong }),
         None if over => observer.over_l1(at, raw),
         None if twice => observer.twice_l1(at, raw),
         None => {}
@@ -659,10 +519,14 @@ async fn walk_l2(
         let mut next = None;
         let mut chunks = Chunks::new(file, table, cluster_size);
         while let Some((at, chunk)) = chunks.next().await {
-            let Ok(chunk) = chunk else {
-                scanned.check_errors += 1;
-                scanned.lost = true;
-                continue;
+            let chunk = match chunk {
+                Ok(chunk) => chunk,
+                Err(error) => {
+                    observer.found(Finding::Unreadable { offset: at, cause: error.to_string() });
+                    scanned.check_errors += 1;
+                    scanned.lost = true;
+                    continue;
+                }
             };
             if chunk.iter().all(|&byte| byte == 0) {
                 continue;
@@ -703,6 +567,7 @@ fn l2_entry(
     let mut rounded_bitmap = 0;
     let mut wrong = None;
     if !matches!(cluster, Cluster::Compressed { .. }) && raw & L2_RESERVED != 0 {
+        observer.found(Finding::L2Bits(raw));
         scanned.wrong(named.total);
         mended.raw &= !L2_RESERVED;
         wrong = Some(Wrong::Bits);
@@ -710,6 +575,7 @@ fn l2_entry(
     match cluster {
         Cluster::None => {
             if bitmap & BITMAP_ALLOCATED != 0 {
+                observer.found(Finding::SubclustersNowhere);
                 scanned.wrong(named.total);
                 mended.bitmap &= !BITMAP_ALLOCATED;
                 wrong = Some(Wrong::Bits);
@@ -717,21 +583,26 @@ fn l2_entry(
         }
         Cluster::Compressed { at: stream, len } => {
             if raw & COPIED != 0 {
+                observer.found(Finding::CompressedCopied(stream));
                 scanned.wrong(named.total);
                 mended.raw &= !COPIED;
                 wrong = Some(Wrong::Bits);
             }
+            // Entries are as long as the tables are aligned.
+            let index = at % cluster_size / layout.entry_bytes();
             if layout.external_data {
+                observer.found(Finding::CompressedOutside { index, entry: raw });
                 scanned.wrong(named.total);
                 mended = Entry { at, raw: 0, bitmap: 0 };
                 wrong = Some(Wrong::Nowhere);
             } else if bitmap != 0 {
+                observer.found(Finding::CompressedSubclusters { index, entry: raw });
                 scanned.wrong(named.total);
                 scanned.lost = true;
                 mended.bitmap = 0;
                 wrong = Some(Wrong::Bits);
             } else {
-                if !scanned.refer(stream, len, named.total)? {
+                if !scanned.refer(stream, len, named.total, observer)? {
                     scanned.lost = true;
                     wrong = Some(Wrong::Bits);
                     match cut_stream(layout, mended.raw, stream, scanned.file_len) {
@@ -750,6 +621,7 @@ fn l2_entry(
         Cluster::Room { at: offset, .. } => {
             let both = bitmap & bitmap >> 32 & BITMAP_ALLOCATED;
             if both != 0 {
+                observer.found(Finding::Subclusters(offset));
                 scanned.wrong(named.total);
                 mended.bitmap &= !(both << 32);
                 wrong = Some(Wrong::Bits);
@@ -760,13 +632,14 @@ fn l2_entry(
             }
             *next = offset.checked_add(cluster_size);
             if !offset.is_multiple_of(cluster_size) {
+                observer.found(Finding::DataUnaligned(offset));
                 scanned.wrong(named.total);
                 scanned.lost = true;
                 wrong = Some(Wrong::Unaligned { rounded: mended.raw & !(OFFSET_MASK & (cluster_size - 1)) });
                 rounded_bitmap = mended.bitmap;
                 mended = emptied;
             }
-            if !layout.external_data && !scanned.refer(offset, cluster_size, named.total)? {
+            if !layout.external_data && !scanned.refer(offset, cluster_size, named.total, observer)? {
                 scanned.lost = true;
                 wrong = Some(Wrong::Nowhere);
                 mended = emptied;
@@ -774,9 +647,13 @@ fn l2_entry(
         }
     }
     match wrong {
-        Some(wrong) => {
-            observer.wrong_l2(Finding { at, raw: mended.raw, bitmap: mended.bitmap, rounded_bitmap, wrong })
-        }
+        Some(wrong) => observer.wrong_l2(WrongEntry {
+            at,
+            raw: mended.raw,
+            bitmap: mended.bitmap,
+            rounded_bitmap,
+            wrong,
+        }),
         None if cluster != Cluster::None && !layout.external_data => {
             observer.l2(entry, cluster, named, scanned.over > 0, scanned)
         }
@@ -812,103 +689,34 @@ async fn refcount_table(
 }
 
 /// Counts the refcount table and its blocks. Each block is to be named by one entry, and used for nothing else.
-fn refcount_blocks(header: &Header, scanned: &mut Scanned) -> Result<(), FormatError> {
+fn refcount_blocks(
+    header: &Header,
+    scanned: &mut Scanned,
+    observer: &mut dyn Observer,
+) -> Result<(), FormatError> {
     let cluster_size = header.layout.cluster_size();
     let table_bytes = bytes(scanned.table.len()) * TABLE_ENTRY_BYTES;
-    scanned.refer(header.fields.refcount_table_offset, table_bytes, 1)?;
+    scanned.refer(header.fields.refcount_table_offset, table_bytes, 1, observer)?;
     let clusters = scanned.end();
     let table = std::mem::take(&mut scanned.table);
-    for &raw in &table {
+    for (number, &raw) in (0..).zip(&table) {
         let offset = raw & TABLE_OFFSET_MASK;
-        let good = raw == offset && offset.is_multiple_of(cluster_size) && offset / cluster_size < clusters;
-        if !good {
+        let mut wrong = match () {
+            () if raw != offset => Some(Finding::BlockBits(number)),
+            () if !offset.is_multiple_of(cluster_size) => Some(Finding::BlockUnaligned(number)),
+            () if offset / cluster_size >= clusters => Some(Finding::BlockOutside(number)),
+            () => None,
+        };
+        if wrong.is_none() && offset != 0 {
+            scanned.refer(offset, cluster_size, 1, observer)?;
+            let counted = scanned.counts.count(offset / cluster_size);
+            wrong = (counted != 1).then_some(Finding::BlockShared { index: number, counted });
+        }
+        if let Some(wrong) = wrong {
+            observer.found(wrong);
             scanned.wrong(1);
-        } else if offset != 0 {
-            scanned.refer(offset, cluster_size, 1)?;
-            scanned.wrong(u64::from(scanned.counts.count(offset / cluster_size) != 1));
         }
     }
     scanned.table = table;
-    Ok(())
-}
-
-/// Counts the persistent bitmaps, where they are not stale.
-async fn bitmaps(file: &dyn ReadAt, header: &Header, scanned: &mut Scanned) -> Result<(), FormatError> {
-    let Some(found) = header.bitmaps.filter(|_| header.fields.autoclear_features & AUTOCLEAR_BITMAPS != 0)
-    else {
-        return Ok(());
-    };
-    scanned.walk(found.directory_bytes)?;
-    if !scanned.refer(found.directory_offset, found.directory_bytes, 1)? {
-        scanned.bad_bitmaps = true;
-        return Ok(());
-    }
-    scanned.note_table(found.directory_offset, found.directory_bytes);
-    let directory = read_padded(file, found.directory_offset, found.directory_bytes).await?;
-    let mut rest = directory.as_ref();
-    for _ in 0..found.count {
-        let Some((table, entry_bytes)) = bitmap_entry(rest, header.layout.cluster_size()) else {
-            scanned.wrong(1);
-            scanned.bad_bitmaps = true;
-            return Ok(());
-        };
-        rest = rest.get(entry_bytes..).unwrap_or_default();
-        bitmap_table(file, table, header.layout.cluster_size(), scanned).await?;
-    }
-    if !rest.is_empty() {
-        scanned.wrong(1);
-        scanned.bad_bitmaps = true;
-    }
-    Ok(())
-}
-
-/// The first bitmap of a directory: its table's offset and entries, and the bytes of its entry in the directory. `None`: it is
-/// broken.
-fn bitmap_entry(directory: &[u8], cluster_size: u64) -> Option<((u64, u64), usize)> {
-    let (fixed, _) = directory.split_at_checked(BITMAP_ENTRY_BYTES)?;
-    let field = |at: usize, len: usize| {
-        fixed.get(at..at + len).map(|field| field.iter().fold(0, |value, &byte| value << 8 | u64::from(byte)))
-    };
-    let (offset, entries, flags) = (field(0, 8)?, field(8, 4)?, field(12, 4)?);
-    let (kind, granularity, name, extra) = (field(16, 1)?, field(17, 1)?, field(18, 2)?, field(20, 4)?);
-    let good = offset != 0
-        && offset.is_multiple_of(cluster_size)
-        && entries * L1_ENTRY_BYTES <= BITMAP_TABLE_BYTES_MAX
-        && flags & !0x3 == 0
-        && kind == 1
-        && (9..=31).contains(&granularity)
-        && (1..=1023).contains(&name)
-        && extra == 0;
-    let len = index(round_up(bytes(BITMAP_ENTRY_BYTES) + name, 8)?);
-    (good && len <= directory.len()).then_some(((offset, entries), len))
-}
-
-async fn bitmap_table(
-    file: &dyn ReadAt,
-    (offset, entries): (u64, u64),
-    cluster_size: u64,
-    scanned: &mut Scanned,
-) -> Result<(), FormatError> {
-    let len = entries * L1_ENTRY_BYTES;
-    scanned.walk(len)?;
-    if !scanned.refer(offset, len, 1)? {
-        scanned.bad_bitmaps = true;
-        return Ok(());
-    }
-    scanned.note_table(offset, len);
-    let mut chunks = Chunks::new(file, offset, len);
-    while let Some((at, chunk)) = chunks.next().await {
-        for (_, raw) in words(at, &chunk?).filter(|&(_, raw)| raw != 0) {
-            let offset = raw & OFFSET_MASK;
-            // Bit 0 says "all ones", where there is no offset.
-            let reserved = raw & !OFFSET_MASK & !u64::from(offset == 0);
-            if reserved != 0 || !offset.is_multiple_of(cluster_size) {
-                scanned.wrong(1);
-                scanned.bad_bitmaps = true;
-            } else if offset != 0 && !scanned.refer(offset, cluster_size, 1)? {
-                scanned.bad_bitmaps = true;
-            }
-        }
-    }
     Ok(())
 }

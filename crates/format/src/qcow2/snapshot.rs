@@ -16,13 +16,14 @@ use std::sync::Arc;
 use readonce_storage::Storage;
 
 use super::{
+    chunks::{read_padded, words},
     entry::COPIED,
     flags::{Change, set_flags},
     header::{AUTOCLEAR_BITMAPS, Fields, Header, INCOMPATIBLE_DIRTY},
     layout::{L1_BYTES_MAX, L1_ENTRY_BYTES, SECTOR_BYTES},
     recount::{Recount, end_of_file},
     repair::{clear_autoclear, rebuild_refcounts},
-    scan::{Nobody, read_padded, references, words},
+    scan::{Nobody, references},
     snapshots::{Entry, SNAPSHOTS_MAX, Table},
 };
 use crate::{FormatError, driver::SnapshotChange, number::index};

@@ -34,6 +34,7 @@ use self::{header::Header, reader::Reader, writer::Writer};
 use crate::{
     Driver, FormatError, Mapper, WritableMapper,
     driver::{CheckReport, CreateSpec, Description, HeaderChange, OptionSpec, Repair},
+    finding::Tell,
 };
 
 /// The QED format.
@@ -84,16 +85,21 @@ impl Driver for Qed {
         })
     }
 
-    fn check<'a>(&self, file: &'a Arc<dyn ReadAt>) -> BoxFuture<'a, Result<CheckReport, FormatError>> {
-        Box::pin(check::check(file))
+    fn check_telling<'a>(
+        &self,
+        file: &'a Arc<dyn ReadAt>,
+        tell: Tell<'a>,
+    ) -> BoxFuture<'a, Result<CheckReport, FormatError>> {
+        Box::pin(check::check(file, tell))
     }
 
-    fn repair<'a>(
+    fn repair_telling<'a>(
         &self,
         file: &'a Arc<dyn Storage>,
         repair: Repair,
+        tell: Tell<'a>,
     ) -> BoxFuture<'a, Result<CheckReport, FormatError>> {
-        Box::pin(repair::repair(file, repair))
+        Box::pin(repair::repair(file, repair, tell))
     }
 
     fn change<'a>(

@@ -24,14 +24,15 @@ use readonce_storage::Storage;
 use zerocopy::IntoBytes;
 
 use super::{
-    check::count,
+    check::{count, tell_leaks},
     header::{FEATURE_NEED_CHECK, Header},
     layout::Layout,
-    scan::{Beyond, Bitmap, Finding, Place, Scanned, scan},
+    scan::{Beyond, Bitmap, Place, Scanned, Wrong, scan},
 };
 use crate::{
     FormatError,
     driver::{CheckReport, Repair},
+    finding::Tell,
     number::{bytes, index},
 };
 
@@ -44,25 +45,33 @@ const COPY_BYTES: u64 = 1 << 20;
 
 const _: () = assert!(BATCH_MAX * size_of::<(u64, Place)>() <= 4 << 20);
 
-/// Repairs the image; the report tells the state after it.
-pub(super) async fn repair(file: &Arc<dyn Storage>, what: Repair) -> Result<CheckReport, FormatError> {
+/// Repairs the image; tells what was wrong, and the report tells the state after it.
+pub(super) async fn repair(
+    file: &Arc<dyn Storage>,
+    what: Repair,
+    tell: Tell<'_>,
+) -> Result<CheckReport, FormatError> {
     let header = Header::read(file.as_ref()).await?;
     let layout = header.layout;
-    let (mut report, _) = count(file.as_ref(), &layout).await?;
+    let (mut report, scanned) = count(file.as_ref(), &layout, tell).await?;
+    if report.leaks > 0 {
+        tell_leaks(file.len(), &layout, &scanned, tell);
+    }
+    drop(scanned);
     if report.check_errors > 0 {
         return Ok(report);
     }
     let mut corruptions_fixed = 0;
     if what == Repair::All && report.corruptions > 0 {
         corruptions_fixed = mend(file, &layout).await?;
-        report = count(file.as_ref(), &layout).await?.0;
+        report = count(file.as_ref(), &layout, &mut |_| {}).await?.0;
     }
     let mut leaks_fixed = 0;
     // While two entries use one cluster, moving it for one of them would not be right for the other.
     if report.corruptions == 0 && report.leaks > 0 {
         let leaks = report.leaks;
         compact(file, &layout).await?;
-        report = count(file.as_ref(), &layout).await?.0;
+        report = count(file.as_ref(), &layout, &mut |_| {}).await?.0;
         leaks_fixed = leaks.saturating_sub(report.leaks);
     }
     let changed = corruptions_fixed > 0 || leaks_fixed > 0;
@@ -160,11 +169,11 @@ async fn mend(file: &Arc<dyn Storage>, layout: &Layout) -> Result<u64, FormatErr
         let mut moved_bytes = 0;
         for (place, raw, finding) in findings {
             match finding {
-                Finding::Invalid => {
+                Wrong::Invalid => {
                     file.write(place.offset(layout), Bytes::from_static(&[0; 8])).await?;
                     fixed += 1;
                 }
-                Finding::Double(times) => {
+                Wrong::Double(times) => {
                     let unit = Move { place, from: raw, to: end };
                     let Some(left) = copies_left.checked_sub(unit_clusters(layout, &place)) else { continue };
                     copies_left = left;
@@ -208,7 +217,7 @@ async fn data_in_tables(
     all_read(&scan(file.as_ref(), layout, Beyond::Wrong, |_, _, _| {}, seen).await?)?;
     let mut moves: Vec<Move> = Vec::new();
     let note = |place, raw, finding| {
-        let is_data = matches!((place, finding), (Place::L2 { .. }, Finding::Double(_)));
+        let is_data = matches!((place, finding), (Place::L2 { .. }, Wrong::Double(_)));
         let room = moves.len() < BATCH_MAX && bytes(moves.len()) < copies_max;
         if is_data && room && tables.is_set(raw / cluster_size) {
             moves.push(Move { place, from: raw, to: end + bytes(moves.len()) * cluster_size });
@@ -228,7 +237,7 @@ async fn clear_invalid(file: &Arc<dyn Storage>, layout: &Layout, data: &[Move]) 
         let mut places = Vec::new();
         let note = |place, _, finding| {
             let in_doubt = matches!(place, Place::L2 { table, .. } if holds_data(table));
-            if finding == Finding::Invalid && !in_doubt && places.len() < BATCH_MAX {
+            if finding == Wrong::Invalid && !in_doubt && places.len() < BATCH_MAX {
                 places.push(place);
             }
         };
@@ -251,7 +260,7 @@ pub(super) async fn compact(file: &Arc<dyn Storage>, layout: &Layout) -> Result<
     let first = layout.header_bytes / layout.cluster_size;
     let mut window_last = None;
     loop {
-        let (report, scanned) = count(file.as_ref(), layout).await?;
+        let (report, scanned) = count(file.as_ref(), layout, &mut |_| {}).await?;
         if report.corruptions > 0 || report.check_errors > 0 {
             return Ok(false);
         }

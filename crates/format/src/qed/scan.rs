@@ -158,7 +158,7 @@ impl Place {
 
 /// What is wrong with an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Finding {
+pub(super) enum Wrong {
     /// It holds what may not be there.
     Invalid,
     /// It refers to clusters that something else uses; so many of them.
@@ -230,7 +230,7 @@ pub(super) async fn scan(
     file: &dyn ReadAt,
     layout: &Layout,
     beyond: Beyond,
-    mut wrong: impl FnMut(Place, u64, Finding),
+    mut wrong: impl FnMut(Place, u64, Wrong),
     mut seen: impl FnMut(Place, u64),
 ) -> Result<Scanned, FormatError> {
     let file_len = match beyond {
@@ -240,7 +240,7 @@ pub(super) async fn scan(
     let is_new = |offset: u64| beyond != Beyond::Wrong && offset >= layout.whole_clusters_end(file_len);
     let used = Bitmap::new(layout.whole_clusters_end(file_len) / layout.cluster_size)?;
     let mut scanned = Scanned { used, allocated: 0, fragmented: 0, check_errors: 0, first_wrong: None };
-    let mut note = |first: &mut Option<String>, place: Place, raw: u64, finding: Finding| {
+    let mut note = |first: &mut Option<String>, place: Place, raw: u64, finding: Wrong| {
         first.get_or_insert_with(|| format!("{place:?} holds {raw:#x}: {finding:?}"));
         wrong(place, raw, finding);
     };
@@ -262,12 +262,12 @@ pub(super) async fn scan(
             }
             if !layout.valid_l2(table, file_len) {
                 // An L2 table that would lie on the L1 table is one of these.
-                note(&mut scanned.first_wrong, place, table, Finding::Invalid);
+                note(&mut scanned.first_wrong, place, table, Wrong::Invalid);
                 continue;
             }
             let shared = mark(&mut scanned.used, layout, table, layout.table_size);
             if shared > 0 {
-                note(&mut scanned.first_wrong, place, table, Finding::Double(shared));
+                note(&mut scanned.first_wrong, place, table, Wrong::Double(shared));
                 continue;
             }
             good.set(l1_index);
@@ -309,9 +309,9 @@ pub(super) async fn scan(
                         continue;
                     }
                     if !layout.valid_cluster(offset, file_len) {
-                        note(&mut scanned.first_wrong, place, offset, Finding::Invalid);
+                        note(&mut scanned.first_wrong, place, offset, Wrong::Invalid);
                     } else if mark(&mut scanned.used, layout, offset, 1) > 0 {
-                        note(&mut scanned.first_wrong, place, offset, Finding::Double(1));
+                        note(&mut scanned.first_wrong, place, offset, Wrong::Double(1));
                     } else {
                         seen(place, offset);
                     }

@@ -13,6 +13,7 @@ use crate::{
     Abilities, Driver, Durability, Extent, FormatError, Geometry, Mapper, Mapping, Reservation, Room,
     Unlinked, WritableMapper,
     driver::{CheckReport, CreateSpec, Description, HeaderChange, OptionSpec, Repair},
+    finding::Tell,
     number::round_up,
 };
 
@@ -188,14 +189,19 @@ impl Driver for Raw {
         })
     }
 
-    fn check<'a>(&self, _: &'a Arc<dyn ReadAt>) -> BoxFuture<'a, Result<CheckReport, FormatError>> {
+    fn check_telling<'a>(
+        &self,
+        _: &'a Arc<dyn ReadAt>,
+        _: Tell<'a>,
+    ) -> BoxFuture<'a, Result<CheckReport, FormatError>> {
         Box::pin(async { Err(no_check()) })
     }
 
-    fn repair<'a>(
+    fn repair_telling<'a>(
         &self,
         _: &'a Arc<dyn Storage>,
         _: Repair,
+        _: Tell<'a>,
     ) -> BoxFuture<'a, Result<CheckReport, FormatError>> {
         Box::pin(async { Err(no_check()) })
     }

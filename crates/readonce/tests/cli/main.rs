@@ -2,11 +2,12 @@
 //!
 //! - `common`: running things. `images`: create, info, map, check, against qemu-img. `changes`: amend, rebase, resize.
 //!   `snapshots`: against qemu-img. `refusals`: bad input. `io`: against qemu-io. `serve`, `run`: with clients. `sandbox`:
-//!   what `serve` cannot do any more. `demo`. `corruption`: what a guest meets.
+//!   what `serve` cannot do any more. `demo`. `corruption`: what a guest meets. `check`: what is wrong, by name.
 
 #![allow(clippy::disallowed_methods, reason = "tests outside the engine: real processes, real time")]
 
 mod changes;
+mod check;
 mod common;
 mod corruption;
 mod demo;
