@@ -90,6 +90,9 @@ pub async fn run(args: Args) -> Outcome {
     let driver =
         driver.ok_or_else(|| of_image(Failure::new(format!("Unknown file format '{}'", args.format))))?;
     let mut wanted = Wanted::read(driver, pairs).map_err(of_image)?;
+    if size.is_some() && wanted.size.is_some() {
+        return Err(of_image(Failure::new("The image size must be specified only once")));
+    }
     wanted.size = size.or(wanted.size);
     wanted.backing = args.backing.clone().or(wanted.backing);
     wanted.backing_format = args.backing_format.clone().or(wanted.backing_format);
@@ -157,7 +160,17 @@ async fn create(image: &str, driver: &dyn Driver, wanted: Wanted, args: &Args) -
     spec.data_file = wanted.data_file;
     spec.size = size.ok_or_else(|| Failure::new("Image creation needs a size parameter"))?;
     if !args.quiet {
-        stdout::line(announcement(image, driver, &spec, wanted.backing_format.as_deref()));
+        stdout::line(announcement(
+            image,
+            driver,
+            &spec,
+            wanted.backing_format.as_deref(),
+            wanted.nocow.as_deref(),
+        ));
+    }
+    // QED has no place for a backing's format, and QEMU's driver of it does not look.
+    if spec.backing.is_none() && wanted.backing_format.is_some() && driver.name() == "qcow2" {
+        return Err(Failure::new("Backing format cannot be used without backing file"));
     }
     let data = match &spec.data_file {
         Some(name) => Some(data_file(&place, name, &_layers)?),
@@ -166,7 +179,8 @@ async fn create(image: &str, driver: &dyn Driver, wanted: Wanted, args: &Args) -
     let rehearsal: Arc<dyn Storage> = Arc::new(Rehearsal);
     let rehearsed = data.as_ref().map(|_| &rehearsal);
     driver.create(&rehearsal, rehearsed, &spec).await.map_err(|error| Failure::new(error.to_string()))?;
-    write(&place, data.as_deref(), driver, &spec).await?;
+    let no_cow = wanted.nocow.as_deref() == Some("on");
+    write(&place, data.as_deref(), driver, &spec, no_cow).await?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -256,7 +270,7 @@ fn data_file(place: &Path, name: &str, layers: &[Layer]) -> Result<PathBuf, Fail
 /// A file that is being made. Dropped before it is kept, it goes, unless it was there before.
 struct Draft<'a> {
     place: &'a Path,
-    file: Arc<dyn Storage>,
+    file: Arc<LocalFile>,
     _lock: Option<ImageLock>,
     was_there: bool,
     kept: bool,
@@ -290,12 +304,17 @@ async fn write(
     data: Option<&Path>,
     driver: &dyn Driver,
     spec: &CreateSpec,
+    no_cow: bool,
 ) -> Result<(), Failure> {
     let mut image = Draft::open(place)?;
+    if no_cow {
+        image.file.set_no_copy_on_write();
+    }
     let mut data = data.map(Draft::open).transpose()?;
-    let data_file = data.as_ref().map(|data| &data.file);
+    let file: Arc<dyn Storage> = image.file.clone();
+    let data_file = data.as_ref().map(|data| data.file.clone() as Arc<dyn Storage>);
     driver
-        .create(&image.file, data_file, spec)
+        .create(&file, data_file.as_ref(), spec)
         .await
         .map_err(|error| not_created(place, &error.to_string()))?;
     image.kept = true;

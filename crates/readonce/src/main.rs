@@ -132,7 +132,7 @@ fn keep_freed_memory() {
 fn main() -> ExitCode {
     #[cfg(target_env = "gnu")]
     keep_freed_memory();
-    let mut cli = match Cli::try_parse() {
+    let mut cli = match Cli::try_parse_from(resize::with_size_apart(std::env::args_os().collect())) {
         Ok(cli) => cli,
         Err(error) => return failure::usage(&error),
     };

@@ -3,7 +3,7 @@
 //! Where the backing is longer than the image was, the new part is made to read as zeros, as qemu-img does it: what the guest
 //! never saw must not appear. A crash in between leaves it to be seen.
 
-use std::{process::ExitCode, time::Duration};
+use std::{ffi::OsString, process::ExitCode, time::Duration};
 
 use readonce_disk::{
     BlockDevice, ZeroMode,
@@ -24,6 +24,9 @@ use crate::{
 
 /// How long the end of hiding may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
+/// What qemu-img says then.
+const SHRINK_NOT_ASKED: &str = "Use the --shrink option to perform a shrink operation.\nreadonce: warning: Shrinking an image will delete all \
+     data beyond the shrunken image's end. Before performing such an operation, make sure there is no important data there.";
 /// States that are looked at together.
 const EXTENTS_MAX: usize = 256;
 
@@ -37,6 +40,9 @@ pub struct Args {
     /// Format of IMAGE (qed, qcow2, raw); told from its first bytes where absent, but never guessed to be raw
     #[arg(short = 'f', long = "format", value_name = "FMT")]
     format: Option<String>,
+    /// Asked for by qemu-img before it makes an image smaller; here images cannot be made smaller
+    #[arg(long)]
+    shrink: bool,
     /// Print errors only
     #[arg(short = 'q', long)]
     quiet: bool,
@@ -47,6 +53,19 @@ pub struct Args {
     /// File, and its new size
     #[arg(value_name = "IMAGE [+]SIZE", allow_negative_numbers = true)]
     words: Vec<String>,
+}
+
+/// The words of a command line, where the last one of `resize` may be `-1M`, which looks like an option.
+pub fn with_size_apart(mut words: Vec<OsString>) -> Vec<OsString> {
+    let is_less = |word: &OsString| {
+        let bytes = word.as_encoded_bytes();
+        bytes.first() == Some(&b'-') && bytes.get(1).is_some_and(u8::is_ascii_digit)
+    };
+    let is_resize = words.get(1).is_some_and(|word| word == "resize") && words.len() > 3;
+    if is_resize && words.last().is_some_and(is_less) && !words.iter().any(|word| word == "--") {
+        words.insert(words.len() - 1, "--".into());
+    }
+    words
 }
 
 /// Runs it.
@@ -65,8 +84,14 @@ pub async fn run(args: Args) -> Outcome {
             .ok_or_else(|| Failure::new(format!("New image size must be at most {} bytes", i64::MAX)))?,
         (false, _) => amount,
     };
+    if size == 0 {
+        return Err(Failure::new("New image size must be positive"));
+    }
     if size < now {
-        return Err(Failure::new("Shrinking images is currently not supported"));
+        return Err(Failure::new(match args.shrink {
+            true => "Shrinking images is currently not supported",
+            false => SHRINK_NOT_ASKED,
+        }));
     }
     grow_data_file(&held, size).await?;
     held.driver

@@ -181,6 +181,17 @@ impl LocalFile {
         self.mode == OpenMode::Read
     }
 
+    /// Has the file system write in place what it would else copy on every write (btrfs), where it can do so. Of use while the file is empty.
+    pub fn set_no_copy_on_write(&self) {
+        let set = borrow_file(&self.file, |file| -> io::Result<()> {
+            let flags = rustix::fs::ioctl_getflags(file)?;
+            Ok(rustix::fs::ioctl_setflags(file, flags | rustix::fs::IFlags::NOCOW)?)
+        });
+        if let Err(error) = set {
+            tracing::debug!(%error, "the file system has no such flag");
+        }
+    }
+
     /// Which file it is, and its state now.
     ///
     /// # Errors

@@ -25,16 +25,17 @@ fn kind(name: &str) -> Kind {
     match name {
         "cluster_size" | "table_size" | "size" => Kind::Size,
         "refcount_bits" => Kind::Number,
-        "copy_on_read" | "data_file_raw" | "extended_l2" | "lazy_refcounts" => Kind::Switch,
+        "copy_on_read" | "data_file_raw" | "extended_l2" | "lazy_refcounts" | "nocow" => Kind::Switch,
         _ => Kind::Text,
     }
 }
 
 /// Options that are not the driver's, and their help.
-const COMMON: [(&str, &str); 4] = [
+const COMMON: [(&str, &str); 5] = [
     ("backing_file", "File name of a base image"),
     ("backing_fmt", "Image format of the base image"),
     ("data_file", "File name of an external data file"),
+    ("nocow", "Turn off copy-on-write (valid only on btrfs)"),
     ("size", "Virtual disk size"),
 ];
 
@@ -43,7 +44,7 @@ fn common(driver: &dyn Driver) -> impl Iterator<Item = (&'static str, &'static s
     let (backing, data_file) = (own("copy_on_read"), own("data_file_raw"));
     COMMON.into_iter().filter(move |(name, _)| match *name {
         "data_file" => data_file,
-        "size" => true,
+        "size" | "nocow" => true,
         _ => backing,
     })
 }
@@ -58,6 +59,8 @@ pub struct Wanted {
     pub backing_format: Option<String>,
     /// As typed.
     pub data_file: Option<String>,
+    /// `on` or `off`, where given: of the file system that the image lies on.
+    pub nocow: Option<String>,
     /// The format's own options; sizes and numbers in plain digits.
     pub options: Vec<Pair>,
 }
@@ -91,9 +94,9 @@ impl Wanted {
         }
         let size = named.remove("size").and_then(|text| text.parse().ok());
         let (backing, backing_format) = (named.remove("backing_file"), named.remove("backing_fmt"));
-        let data_file = named.remove("data_file");
+        let (data_file, nocow) = (named.remove("data_file"), named.remove("nocow"));
         let options = named.into_iter().map(|(name, value)| (name, Some(value))).collect();
-        Ok(Self { size, backing, backing_format, data_file, options })
+        Ok(Self { size, backing, backing_format, data_file, nocow, options })
     }
 }
 
@@ -104,6 +107,7 @@ pub fn announcement(
     driver: &dyn Driver,
     spec: &CreateSpec,
     backing_format: Option<&str>,
+    nocow: Option<&str>,
 ) -> String {
     let order: &[&str] = match driver.name() {
         "qcow2" => &[
@@ -119,9 +123,10 @@ pub fn announcement(
             "data_file_raw",
             "lazy_refcounts",
             "refcount_bits",
+            "nocow",
             "copy_on_read",
         ],
-        _ => &["size", "backing_file", "backing_fmt", "cluster_size", "table_size", "copy_on_read"],
+        _ => &["size", "backing_file", "backing_fmt", "cluster_size", "table_size", "nocow", "copy_on_read"],
     };
     let has = |name: &str| driver.create_options().iter().any(|option| option.name == name);
     let mut line = format!("Formatting '{image}', fmt={}", driver.name());
@@ -132,6 +137,7 @@ pub fn announcement(
             "backing_file" => spec.backing.as_ref().map(|backing| backing.name.clone()),
             "backing_fmt" => backing_format.map(str::to_owned),
             "data_file" => spec.data_file.clone(),
+            "nocow" => nocow.map(str::to_owned),
             name if has(name) => given.or_else(|| default(name).map(str::to_owned)),
             _ => None,
         };

@@ -55,10 +55,12 @@ fn resize(format: &str, size_max_told: &str) {
     assert_eq!(info(at, "a.img")["virtual-size"], 3 << 20);
     qemu_io(at, &["-c", "read -P 5 0 1M", "-c", "read -P 0 1M 2M", "a.img"]).ok();
     qemu_img(at, &["check", "a.img"]).ok();
-    for size in ["1M", "-1M", "0"] {
-        readonce(at, &["resize", "--", "a.img", size])
+    for size in ["1M", "-1M"] {
+        readonce(at, &["resize", "--shrink", "--", "a.img", size])
             .fails(1, "Shrinking images is currently not supported");
+        readonce(at, &["resize", "--", "a.img", size]).fails(1, "Use the --shrink option");
     }
+    readonce(at, &["resize", "a.img", "0"]).fails(1, "New image size must be positive");
     readonce(at, &["resize", "a.img", "100P"]).fails(1, size_max_told);
     assert_eq!(info(at, "a.img")["virtual-size"], 3 << 20);
 }

@@ -2,7 +2,7 @@
 
 use readonce_testkit::{Content, Fault, When};
 
-use crate::common::{Serving, folder, names, origin, qemu_img, readonce};
+use crate::common::{Ran, Serving, folder, names, origin, qemu_img, readonce};
 
 #[test]
 fn what_is_refused_makes_nothing() {
@@ -198,4 +198,52 @@ fn broken_images_are_told_by_field_value_and_limit() {
     readonce(at, &["info", "--backing-chain", "one.qed"]).fails(1, "loop");
     readonce(at, &["map", "one.qed"]).fails(1, "loop");
     readonce(at, &["io", "-c", "read 0 512", "one.qed"]).fails(1, "loop");
+}
+
+/// What qemu-img refuses because it would mean two things, or nothing, is refused in its words; scripts that come from it go on working.
+#[test]
+fn options_that_contradict_are_refused_as_qemu_img_refuses_them() {
+    let at = folder();
+    let agree = |arguments: &[&str]| {
+        let after = |ran: Ran| {
+            let err = ran.err.replace("qemu-img: ", "readonce: ");
+            (ran.code, ran.out, err, names(at.path()))
+        };
+        let _ = std::fs::remove_file(at.path().join("w.img"));
+        let theirs = after(qemu_img(at.path(), arguments));
+        let _ = std::fs::remove_file(at.path().join("w.img"));
+        assert_eq!(after(readonce(at.path(), arguments)), theirs, "{arguments:?}");
+    };
+    for format in ["qed", "qcow2"] {
+        agree(&["create", "-f", format, "-o", "size=1M", "w.img", "2M"]);
+        agree(&["create", "-f", format, "-o", "size=1M", "w.img"]);
+        agree(&["create", "-f", format, "-o", "nocow=on", "w.img", "1M"]);
+        agree(&["create", "-f", format, "-o", "nocow=off", "w.img", "1M"]);
+        agree(&["create", "-f", format, "-o", "nocow=maybe", "w.img", "1M"]);
+        agree(&["create", "-f", format, "-o", "backing_fmt=raw", "w.img", "1M"]);
+        agree(&["create", "-f", format, "-F", "raw", "w.img", "1M"]);
+    }
+    agree(&["create", "-f", "raw", "-o", "nocow=on", "w.img", "1M"]);
+}
+
+#[test]
+fn a_size_to_take_away_is_understood_and_refused() {
+    let at = folder();
+    for options in
+        [&["create", "-q", "-f", "qed", "w.img", "4M"][..], &["create", "-q", "-f", "qed", "v.img", "4M"]]
+    {
+        readonce(at.path(), options).ok();
+    }
+    for (ours, theirs) in [
+        (&["resize", "w.img", "-1M"][..], &["resize", "v.img", "-1M"][..]),
+        (&["resize", "w.img", "--", "-1M"], &["resize", "v.img", "--", "-1M"]),
+        (&["resize", "w.img", "1M"], &["resize", "v.img", "1M"]),
+        (&["resize", "--shrink", "w.img", "-1M"], &["resize", "--shrink", "v.img", "-1M"]),
+        (&["resize", "w.img", "-4M"], &["resize", "v.img", "-4M"]),
+        (&["resize", "--shrink", "w.img", "5M"], &["resize", "--shrink", "v.img", "5M"]),
+    ] {
+        let (ours, theirs) = (readonce(at.path(), ours), qemu_img(at.path(), theirs));
+        assert_eq!(ours.err, theirs.err.replace("qemu-img: ", "readonce: "));
+        assert_eq!((ours.code, ours.out), (theirs.code, theirs.out));
+    }
 }
