@@ -174,6 +174,12 @@ impl Image {
         let mut owned = Owned { image: self, units: unit..unit + 1 };
         let room = self.prepare(unit * self.unit, self.unit, Room::Data).await?;
         let (from, piece) = (at - unit * self.unit, self.first_piece(at, data));
+        if let Some(merged) = self.merge_now(unit, from, piece) {
+            self.write_file(room.at.expect("room for data has a place"), merged).await?;
+            room.commit(CommitMode::Overwrite);
+            self.note_commit(0);
+            return Ok(piece.len() as u64);
+        }
         let (fetch, store) = {
             let mut table = self.table();
             owned.units.end = unit;
@@ -184,6 +190,21 @@ impl Image {
         }
         self.start_stores(store.into_iter().collect());
         Ok(piece.len() as u64)
+    }
+
+    /// The whole unit with `piece` at `from`, if what is behind it can be read without waiting.
+    fn merge_now(&self, unit: u64, from: u64, piece: &[u8]) -> Option<Bytes> {
+        let start = unit * self.unit;
+        let (backing, end) = (self.backing.as_ref()?, self.backing_end_known()?);
+        if self.unit > MERGE_BYTES_MAX {
+            return None;
+        }
+        let mut merged = BytesMut::zeroed(self.unit as usize);
+        let behind = end.saturating_sub(start).min(self.unit) as usize;
+        // A failure is told by the fetch, which tries again.
+        backing.read_now(start, &mut merged[..behind])?.ok()?;
+        merged[from as usize..][..piece.len()].copy_from_slice(piece);
+        Some(merged.freeze())
     }
 
     /// Takes room for a unit that is being fetched, and gives it the guest's bytes.

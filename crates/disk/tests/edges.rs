@@ -5,6 +5,7 @@ mod support;
 use std::{ops::Range, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use readonce_disk::{BlockDevice, Disk, Image, LayerError, Lazy, Source, StatusExtent, Top, ZeroMode};
 use readonce_origin::{Class, Sink};
 use readonce_storage::{
@@ -14,7 +15,7 @@ use readonce_storage::{
 use support::{
     exec::Exec,
     origin::SimOrigin,
-    world::{KINDS, Kind, QCOW2, QED, World, filling, for_kinds, raw_over},
+    world::{KINDS, Kind, Leaks, QCOW2, QED, World, filling, for_kinds, raw_over},
 };
 
 const CLUSTER: u64 = 65536;
@@ -71,6 +72,87 @@ fn a_write_that_completed_can_be_read_without_the_backing() {
         image.write(512, Bytes::from(vec![7; 512])).await.expect("a write needs no backing");
         let bytes = image.read(512, 512).await.expect("the bytes are in memory");
         assert!(bytes.iter().all(|&byte| byte == 7));
+    });
+}
+
+/// A backing in memory, which can be read without waiting but for its bad sectors.
+struct AtHand {
+    bytes: Bytes,
+    bad: Range<u64>,
+    fetched: Mutex<Vec<Range<u64>>>,
+}
+
+impl Source for AtHand {
+    fn size(&self) -> BoxFuture<'_, Result<u64, LayerError>> {
+        Box::pin(std::future::ready(Ok(self.bytes.len() as u64)))
+    }
+    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Option<Result<(), LayerError>> {
+        let end = offset + buf.len() as u64;
+        if offset < self.bad.end && self.bad.start < end {
+            return Some(Err(LayerError::Io("a bad sector".into())));
+        }
+        buf.copy_from_slice(&self.bytes[offset as usize..end as usize]);
+        Some(Ok(()))
+    }
+    fn fetch<'a>(
+        &'a self,
+        range: Range<u64>,
+        _: Class,
+        sink: Sink<'a>,
+    ) -> BoxFuture<'a, Result<(), LayerError>> {
+        self.fetched.lock().push(range.clone());
+        sink(range.start, self.bytes.slice(range.start as usize..range.end as usize));
+        Box::pin(std::future::ready(Ok(())))
+    }
+    fn status(&self, _: u64, _: u64, _: usize) -> BoxFuture<'_, Result<Vec<StatusExtent>, LayerError>> {
+        no_backing()
+    }
+}
+
+/// Writes into parts of absent units above a local file: the rest is read at once, and no task or entry is needed for it.
+#[test]
+fn a_write_into_a_part_takes_the_rest_from_what_is_at_hand() {
+    for_kinds(&KINDS, |kind| {
+        let end = 40 * CLUSTER + 1536;
+        let content: Vec<u8> = (0..end).map(|at| (at / 512 % 199) as u8 + 1).collect();
+        let bad = 9 * CLUSTER..9 * CLUSTER + 512;
+        let source =
+            Arc::new(AtHand { bytes: content.clone().into(), bad: bad.clone(), fetched: Mutex::default() });
+        let (exec, below) = (Exec::new(1), Arc::clone(&source));
+        let inner = Arc::clone(&exec);
+        exec.run(async move {
+            let storage: Arc<dyn Storage> = Arc::new(SimFile::new());
+            kind.create(&storage, SIZE).await;
+            let image = kind.open(storage.clone(), below, &inner, filling(false)).await;
+            let mut model = content;
+            model.resize(SIZE as usize, 0);
+            // Where the backing ends is known from the first read on.
+            image.read(0, 1).await.expect("at hand");
+            source.fetched.lock().clear();
+            // Alone, twice in one unit, across units, where the backing ends, past it, beside a bad sector.
+            let writes = [
+                512..1024,
+                5 * CLUSTER + 100..5 * CLUSTER + 200,
+                5 * CLUSTER + 150..5 * CLUSTER + 4096,
+                7 * CLUSTER - 512..8 * CLUSTER + 512,
+                40 * CLUSTER + 1024..40 * CLUSTER + 2048,
+                50 * CLUSTER + 512..50 * CLUSTER + 513,
+                bad.start + 1024..bad.start + 1536,
+            ];
+            for (range, value) in writes.into_iter().zip(200..) {
+                let data = vec![value; (range.end - range.start) as usize];
+                image.write(range.start, data.clone().into()).await.expect("room");
+                model[range.start as usize..range.end as usize].copy_from_slice(&data);
+            }
+            image.flush().await.expect("durable");
+            let fetched = source.fetched.lock().clone();
+            let mut beside =
+                fetched.iter().filter(|range| range.end <= bad.start || range.start >= bad.end + CLUSTER);
+            assert_eq!(beside.next(), None, "of what could be read at once");
+            assert!(image.read(0, SIZE as usize).await.expect("local or at hand") == model);
+            image.close(Duration::from_secs(1)).await.expect("nothing is in flight");
+            kind.check(storage, Leaks::None, "closed").await;
+        });
     });
 }
 

@@ -97,6 +97,8 @@ pub(super) struct Connection<S> {
     closing: Option<End>,
     drain: Option<Pin<Box<Sleep>>>,
     scratch: Vec<Completion>,
+    /// Whether it stood back once for its tasks, and now goes on.
+    gathering: bool,
     /// Failures told so far, and the last of them.
     told: (u32, String),
 }
@@ -132,6 +134,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             closing: None,
             drain: None,
             scratch: Vec::new(),
+            gathering: false,
             told: (0, String::new()),
         }
     }
@@ -142,6 +145,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        // Where one task has ended others are about to: they run first, and their replies leave in one go.
+        self.gathering = !self.gathering && self.jobs.count > 1 && self.setup.mailbox.has_completions();
+        if self.gathering {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         loop {
             self.collect();
             let step = if self.closing.is_none() { self.take_batch() } else { Step::OutboxFull };
