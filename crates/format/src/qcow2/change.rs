@@ -4,6 +4,7 @@
 //!   form (`head`), behind everything that the header points to; (2) the first sector, which a disk writes whole or not at
 //!   all, points there; (3) the new head in its usual form, but for the first sector; (4) the first sector of that; (5) the
 //!   bytes that nothing points to any more are zeros. A crash leaves the old header or the new one.
+//! - A header that a change which was cut off left in its far form needs (3) to (5) alone.
 //! - Where the first cluster has no room for both, the sectors are written in place, the first one last, and a crash may tear
 //!   what they hold. That takes a cluster of 4 KiB or less, or names of kilobytes.
 //! - Unknown fields and extensions, snapshots and feature names stay. Autoclear bits that are not known are cleared, since this
@@ -18,11 +19,12 @@ use readonce_storage::{ReadAt, Storage};
 
 use super::{
     create::{copy_on_read_needs_backing, raw_data_with_backing, too_large},
+    extensions::KIND_RECORD,
     grow,
     head::{Head, sectors},
     header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, AUTOCLEAR_ONLY_READONCE, Header, SectorWrite},
     layout::SECTOR_BYTES,
-    record::Record,
+    record::{FIXED_BYTES, Record},
 };
 use crate::{
     FormatError,
@@ -108,6 +110,7 @@ async fn replace(file: &Arc<dyn Storage>, header: &Header, head: &mut Head) -> R
     let cluster_size = header.layout.cluster_size();
     let mut new = head.bytes()?;
     new.resize(index(sectors(bytes(new.len()))), 0);
+    let new_end = bytes(new.len());
     let used_end = bytes(header.head().len().max(new.len()));
     let mut old = file.read(0, index(used_end.min(file.len()))).await?.to_vec();
     old.resize(index(used_end), 0);
@@ -128,6 +131,14 @@ async fn replace(file: &Arc<dyn Storage>, header: &Header, head: &mut Head) -> R
         return Ok(file.sync().await?);
     }
 
+    if far_begin(header).is_some_and(|begin| new_end <= begin) {
+        write(file, &new, sector, index(new_end)).await?;
+        file.sync().await?;
+        write(file, &new, 0, sector).await?;
+        file.sync().await?;
+        file.write_zeroes(new_end, used_end - new_end).await?;
+        return Ok(file.sync().await?);
+    }
     let Some(mut far) = head.far_bytes(used_end)?.filter(|far| sectors(bytes(far.len())) <= cluster_size)
     else {
         write(file, &new, sector, new.len()).await?;
@@ -146,6 +157,14 @@ async fn replace(file: &Arc<dyn Storage>, header: &Header, head: &mut Head) -> R
     file.sync().await?;
     file.write_zeroes(used_end, bytes(far.len()) - used_end).await?;
     Ok(file.sync().await?)
+}
+
+/// Where the rest of a header in its far form begins: between the first sector and there nothing has a meaning.
+fn far_begin(header: &Header) -> Option<u64> {
+    let first = header.extensions.first().filter(|first| first.kind == KIND_RECORD)?;
+    let fixed_end = first.at + FIXED_BYTES;
+    let begin = first.at + Record::payload_at(&first.data)?;
+    (fixed_end <= SECTOR_BYTES && begin > fixed_end).then_some(begin)
 }
 
 async fn write(file: &Arc<dyn Storage>, head: &[u8], from: usize, to: usize) -> Result<(), FormatError> {

@@ -107,6 +107,12 @@ impl Record {
         found
     }
 
+    /// Where the payload begins in the data of our extension; `None` where that is not ours, or says nothing.
+    pub(super) fn payload_at(data: &[u8]) -> Option<u64> {
+        let (fixed, _) = Fixed::read_from_prefix(data).ok()?;
+        (fixed.version == VERSION).then(|| fixed.payload_at.get().into())
+    }
+
     /// The fixed part and the payload, for an image whose header stores this backing name (empty without one). The payload
     /// is to lie `payload_at` bytes behind the fixed part's beginning.
     ///

@@ -177,6 +177,40 @@ fn a_crash_leaves_the_old_header_or_the_new_one() {
     }
 }
 
+/// In clusters that have room for two heads and not for three: power is lost in one change, and then in the next.
+#[test]
+fn a_change_after_one_that_was_cut_off_can_be_cut_off_as_well() {
+    let to = |name: &str| HeaderChange::Backing(Some(backing(name)), Some(pin(&name.repeat(30))));
+    let made = create(&spec("cluster_size=2k", true, BACKING_BYTES)).unwrap();
+    change(&made, &to("first.raw")).unwrap();
+    let (image, other, third) = (made.contents(), to("other.raw"), to("third.raw"));
+    for nth in 1.. {
+        let file = Arc::new(SimFile::from_bytes(&image));
+        file.fail_nth(nth, Fault::Eio, Lasts::ForGood);
+        if change(&file, &other).is_ok() {
+            break;
+        }
+        for seed in 0..4 {
+            let between = file.crash(seed).contents();
+            let old = says(&Arc::new(SimFile::from_bytes(&between)));
+            for mth in 1.. {
+                let file = Arc::new(SimFile::from_bytes(&between));
+                file.fail_nth(mth, Fault::Eio, Lasts::ForGood);
+                let done = change(&file, &third).is_ok();
+                for seed in 0..8 {
+                    let found = says(&Arc::new(file.crash(seed)));
+                    let whole = found.0 == Some(backing("third.raw"))
+                        && found.1 == Some(pin(&"third.raw".repeat(30)));
+                    assert!(whole || !done && found == old, "{nth}, then {mth}: {found:?}");
+                }
+                if done {
+                    break;
+                }
+            }
+        }
+    }
+}
+
 /// QEMU opens the image, sees (the stored part of) the backing name, and keeps the record when it writes the header anew.
 fn qemu_takes(folder: &Folder, image: &Arc<SimFile>, whole_name: &str) {
     folder.save("crashed", image);
