@@ -1,7 +1,8 @@
 //! The waiting write: in place where the map shows data, else through the in-flight table.
 //!
 //! - A write of whole absent units takes room, writes, links: no byte of the backing is needed.
-//! - A write into a part of an absent unit is absorbed by the unit's entry and completes; the fetch of the rest has begun.
+//! - A write into a part of an absent unit is put together with the rest where that can be read without waiting. Else it is absorbed
+//!   by the unit's entry and completes; the fetch of the rest has begun.
 //! - Room in the image is taken before a write completes, so "no space" is told to the write that meets it.
 //! - What is shared or compressed is linked anew where whole clusters of it are written, else copied first (`copy`).
 //! - What claims a unit runs detached from the caller, who may stop waiting at any moment.
