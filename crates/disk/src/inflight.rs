@@ -15,20 +15,23 @@
 //!
 //! Deciding only: nothing here does I/O or knows the time. Not here: what owners do (`fill`, `write`), durability (`flush`).
 
-use std::{collections::BTreeMap, ops::Range, sync::Arc};
+mod admission;
+mod entry;
+
+use std::{collections::BTreeMap, ops::Range};
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::oneshot;
 
+use self::{
+    admission::Gates,
+    entry::{Entry, Reader, State},
+};
+pub use self::{
+    admission::{Budget, Budgets, FETCH_BYTES_MAX, GUEST_BYTES_MAX, Leave, Queue},
+    entry::GAP_MERGE_BYTES_MAX,
+};
 use crate::{error::LayerError, ranges::RangeSet};
-
-/// Bytes of units in flight without guest bytes, by default. 64 MiB: at 40 ms it is what a 12 Gbit/s link holds.
-pub const FETCH_BYTES_MAX: u64 = 64 << 20;
-/// Bytes of units in flight with guest bytes, which stay in memory while the origin is away, by default.
-pub const GUEST_BYTES_MAX: u64 = 64 << 20;
-/// A known stretch inside a unit up to this long is fetched again rather than cut a request in two: a request costs a
-/// round trip's share, 64 KiB cost 5 ms at 100 Mbit/s.
-pub const GAP_MERGE_BYTES_MAX: u64 = 64 << 10;
 
 /// One fetch; pieces and the end of a fetch name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,68 +104,6 @@ pub enum Own {
     Guest,
 }
 
-/// Which bound a unit counts against.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Budget {
-    /// Units without guest bytes.
-    Fetch,
-    /// Units with guest bytes.
-    Guest,
-}
-
-/// The bounds, bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Budgets {
-    /// Units without guest bytes.
-    pub fetch_bytes_max: u64,
-    /// Units with guest bytes.
-    pub guest_bytes_max: u64,
-}
-
-impl Default for Budgets {
-    fn default() -> Self {
-        Self { fetch_bytes_max: FETCH_BYTES_MAX, guest_bytes_max: GUEST_BYTES_MAX }
-    }
-}
-
-/// Leave for one unit to come in flight; given back when dropped.
-#[derive(Debug)]
-pub struct Leave {
-    _permit: OwnedSemaphorePermit,
-}
-
-/// A place among those who wait until another unit may come in flight.
-#[derive(Debug)]
-pub struct Queue {
-    places: Arc<Semaphore>,
-    failure: Option<oneshot::Receiver<LayerError>>,
-}
-
-impl Queue {
-    /// Waits for the caller's turn.
-    ///
-    /// # Errors
-    /// What holds guest bytes could not be fetched or stored: whoever waits for their memory might wait for ever.
-    pub async fn turn(self) -> Result<Leave, LayerError> {
-        let acquire = std::pin::pin!(self.places.acquire_owned());
-        let failure = async {
-            match self.failure {
-                Some(failure) => match failure.await {
-                    Ok(error) => error,
-                    Err(_) => std::future::pending().await,
-                },
-                None => std::future::pending().await,
-            }
-        };
-        match futures_util::future::select(acquire, std::pin::pin!(failure)).await {
-            futures_util::future::Either::Left((permit, _)) => {
-                Ok(Leave { _permit: permit.expect("nobody closes it") })
-            }
-            futures_util::future::Either::Right((error, _)) => Err(error),
-        }
-    }
-}
-
 /// What became of a store.
 pub enum Stored<R> {
     /// It is in the image.
@@ -188,59 +129,13 @@ pub struct InFlight<R> {
     unit_bytes: u64,
     entries: BTreeMap<u64, Entry<R>>,
     fetch_next: u64,
-    /// Leave, a permit a unit.
-    fetch_places: Arc<Semaphore>,
-    guest_places: Arc<Semaphore>,
-    /// Who waits for the memory of units with guest bytes.
-    guest_waiters: Vec<oneshot::Sender<LayerError>>,
-}
-
-struct Entry<R> {
-    state: State,
-    /// The unit's bytes; meaningful where `known` says so. Empty while `Storing` or `Writing`.
-    bytes: Vec<u8>,
-    /// Offsets inside the unit.
-    known: RangeSet,
-    /// Offsets inside the unit that are a guest's: with any, the entry must not end without being stored.
-    guest: RangeSet,
-    /// Against which bound the unit's bytes count; a unit that is written whole holds none.
-    leave: Option<Leave>,
-    room: Option<R>,
-    /// The owner of a guest's write is taking room for it.
-    preparing: bool,
-    readers: Vec<Reader>,
-    local_waiters: Vec<oneshot::Sender<()>>,
-    flush_waiters: Vec<oneshot::Sender<Result<(), LayerError>>>,
-}
-
-enum State {
-    Fetching(FetchId),
-    Held,
-    Storing(Bytes),
-    Writing,
-}
-
-struct Reader {
-    /// Offsets inside the unit.
-    range: Range<u64>,
-    tell: oneshot::Sender<Delivery>,
+    gates: Gates,
 }
 
 impl<R> InFlight<R> {
     /// An empty table for units of `unit_bytes`.
     pub fn new(unit_bytes: u64, budgets: Budgets) -> Self {
-        let places = |bytes_max: u64| {
-            let count = usize::try_from(bytes_max / unit_bytes).unwrap_or(usize::MAX);
-            Arc::new(Semaphore::new(count.clamp(1, Semaphore::MAX_PERMITS)))
-        };
-        Self {
-            unit_bytes,
-            entries: BTreeMap::new(),
-            fetch_next: 0,
-            fetch_places: places(budgets.fetch_bytes_max),
-            guest_places: places(budgets.guest_bytes_max),
-            guest_waiters: Vec::new(),
-        }
+        Self { unit_bytes, entries: BTreeMap::new(), fetch_next: 0, gates: Gates::new(unit_bytes, budgets) }
     }
 
     /// Whether nothing is in flight at all.
@@ -315,20 +210,7 @@ impl<R> InFlight<R> {
 
     /// Leave for another unit to come in flight; else the queue to wait in.
     pub fn admit(&mut self, budget: Budget) -> Result<Leave, Queue> {
-        let places = match budget {
-            Budget::Guest => &self.guest_places,
-            Budget::Fetch => &self.fetch_places,
-        };
-        if let Ok(permit) = Arc::clone(places).try_acquire_owned() {
-            return Ok(Leave { _permit: permit });
-        }
-        let failure = (budget == Budget::Guest).then(|| {
-            let (tell, told) = oneshot::channel();
-            self.guest_waiters.retain(|waiter| !waiter.is_closed());
-            self.guest_waiters.push(tell);
-            told
-        });
-        Err(Queue { places: Arc::clone(places), failure })
+        self.gates.admit(budget)
     }
 
     /// The first unit of `units` that is in flight.
@@ -427,9 +309,7 @@ impl<R> InFlight<R> {
                 for waiter in entry.flush_waiters.drain(..) {
                     let _ = waiter.send(Err(error.clone()));
                 }
-                for waiter in self.guest_waiters.drain(..) {
-                    let _ = waiter.send(error.clone());
-                }
+                self.gates.fail_guests(&error);
             } else {
                 self.remove(unit);
             }
@@ -577,9 +457,7 @@ impl<R> InFlight<R> {
                     let _ = waiter.send(Err(error.clone()));
                 }
                 entry.tell_local_waiters();
-                for waiter in self.guest_waiters.drain(..) {
-                    let _ = waiter.send(error.clone());
-                }
+                self.gates.fail_guests(&error);
             }
         }
     }
@@ -632,132 +510,6 @@ impl<R> InFlight<R> {
             let _ = waiter.send(Ok(()));
         }
     }
-}
-
-impl<R> Entry<R> {
-    fn new(state: State, bytes: Vec<u8>, leave: Option<Leave>) -> Self {
-        Self {
-            state,
-            bytes,
-            known: RangeSet::default(),
-            guest: RangeSet::default(),
-            leave,
-            room: None,
-            preparing: false,
-            readers: Vec::new(),
-            local_waiters: Vec::new(),
-            flush_waiters: Vec::new(),
-        }
-    }
-
-    fn fetching(id: FetchId, unit: u64, unit_bytes: u64, backing_end: u64, leave: Leave) -> Self {
-        let bytes = vec![0; usize::try_from(unit_bytes).expect("a fill unit is at most 64 MiB")];
-        let mut entry = Self::new(State::Fetching(id), bytes, Some(leave));
-        // Past the backing's end the guest reads zeros, and the buffer is zeros already.
-        entry.known.insert(backing_end.saturating_sub(unit * unit_bytes).min(unit_bytes)..unit_bytes);
-        entry
-    }
-
-    fn refetch(&mut self, id: FetchId, unit: u64, unit_bytes: u64) -> Fetch {
-        self.state = State::Fetching(id);
-        let mut wanted: Vec<Range<u64>> = Vec::new();
-        for gap in self.known.gaps(0..unit_bytes) {
-            let gap = unit * unit_bytes + gap.start..unit * unit_bytes + gap.end;
-            match wanted.last_mut() {
-                Some(last) if gap.start - last.end <= GAP_MERGE_BYTES_MAX => last.end = gap.end,
-                _ => wanted.push(gap),
-            }
-        }
-        assert!(!wanted.is_empty(), "a complete unit is stored, not fetched");
-        Fetch { id, units: unit..unit + 1, wanted }
-    }
-
-    fn known_bytes(&self, range: &Range<u64>) -> Option<Bytes> {
-        let (start, end) = offsets(range);
-        match &self.state {
-            State::Storing(bytes) => Some(bytes.slice(start..end)),
-            State::Writing => None,
-            _ if self.known.covers(range) => Some(Bytes::copy_from_slice(&self.bytes[start..end])),
-            _ => None,
-        }
-    }
-
-    fn fill_gaps(&mut self, from: u64, piece: &[u8]) {
-        let end = from + piece.len() as u64;
-        for gap in self.known.gaps(from..end) {
-            let (start, stop) = offsets(&gap);
-            let (source, source_end) = offsets(&(gap.start - from..gap.end - from));
-            self.bytes[start..stop].copy_from_slice(&piece[source..source_end]);
-        }
-        self.known.insert(from..end);
-    }
-
-    fn overwrite(&mut self, from: u64, data: &[u8]) {
-        let range = from..from + data.len() as u64;
-        let (start, end) = offsets(&range);
-        self.bytes[start..end].copy_from_slice(data);
-        self.guest.insert(range.clone());
-        self.known.insert(range);
-    }
-
-    fn is_guest(&self) -> bool {
-        !self.guest.is_empty()
-    }
-
-    /// Nothing would be lost if it went.
-    fn is_plain(&self) -> bool {
-        !self.is_guest() && !self.preparing
-    }
-
-    fn is_complete(&self, unit_bytes: u64) -> bool {
-        self.known.covers(&(0..unit_bytes))
-    }
-
-    fn take_over(&mut self) {
-        assert!(self.is_plain() && self.room.is_none());
-        self.state = State::Writing;
-        self.leave = None;
-        self.bytes = Vec::new();
-    }
-
-    fn wait_local(&mut self) -> oneshot::Receiver<()> {
-        let (tell, told) = oneshot::channel();
-        self.local_waiters.push(tell);
-        told
-    }
-
-    fn tell_local_waiters(&mut self) {
-        for waiter in self.local_waiters.drain(..) {
-            let _ = waiter.send(());
-        }
-    }
-
-    fn tell_readers(&mut self) {
-        for reader in std::mem::take(&mut self.readers) {
-            match self.known_bytes(&reader.range) {
-                Some(bytes) => {
-                    let _ = reader.tell.send(Delivery::Bytes(bytes));
-                }
-                None => self.readers.push(reader),
-            }
-        }
-    }
-
-    fn store_if_complete(&mut self, unit: u64, unit_bytes: u64) -> Option<Store<R>> {
-        // With guest bytes it goes into the room that is being taken for it.
-        if self.preparing || !self.is_complete(unit_bytes) {
-            return None;
-        }
-        let bytes = Bytes::from(std::mem::take(&mut self.bytes));
-        self.state = State::Storing(bytes.clone());
-        self.tell_readers();
-        Some(Store { unit, bytes, room: self.room.take() })
-    }
-}
-
-fn offsets(range: &Range<u64>) -> (usize, usize) {
-    let fits = "an offset inside a fill unit fits in memory";
-    (usize::try_from(range.start).expect(fits), usize::try_from(range.end).expect(fits))
 }
 
 #[cfg(test)]
