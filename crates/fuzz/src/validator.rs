@@ -1,7 +1,7 @@
 //! Validators: from an image's bytes, and from a server's headers.
 
 use http::HeaderValue;
-use readonce_origin::{Validator, Version, validator::ENCODED_BYTES_MAX};
+use readonce_origin::{Pinned, Validator, Version, validator::ENCODED_BYTES_MAX};
 
 use crate::draw::Draw;
 
@@ -23,10 +23,12 @@ fn from_image(draw: &mut Draw<'_>) {
         bytes.extend([1, 1 + draw.byte() % 6]);
     }
     bytes.extend(draw.rest());
-    let Ok(Version { validator, len: kept }) = Version::decode(&bytes, len) else { return };
-    assert_eq!(kept, len);
-    assert_eq!(validator.encode(), bytes, "only what encode writes is taken");
-    is_kept(&validator);
+    let Ok(pinned) = Pinned::decode(&bytes, len) else { return };
+    assert_eq!(pinned.encode(), bytes, "only what encode writes is taken");
+    assert_eq!(pinned.own.len, len);
+    for Version { validator, .. } in [Some(pinned.own), pinned.data].into_iter().flatten() {
+        is_kept(&validator);
+    }
 }
 
 fn from_server(draw: &mut Draw<'_>) {

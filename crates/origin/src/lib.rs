@@ -33,4 +33,4 @@ pub use open::{HttpVersion, OriginOptions, Proxies, Reach, open};
 pub use origin::{Class, FetchError, Origin, OriginNote, Sink};
 pub use remote::HttpOrigin;
 pub use stats::{OriginStats, StatsSnapshot};
-pub use validator::{Validator, Version};
+pub use validator::{Pinned, Validator, Version};

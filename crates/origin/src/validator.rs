@@ -5,6 +5,7 @@
 //! - Encoded it is at most [`ENCODED_BYTES_MAX`] bytes and carries a version, so that an older reader refuses rather than
 //!   misreads.
 //! - The kind that was pinned decides what is compared: a header that appears later changes nothing, one that vanishes does.
+//! - A file whose data lies in another is pinned together with that other one ([`Pinned`]).
 //!
 //! Not here: what to do about a difference (`open` for files, `response` for HTTP).
 
@@ -21,6 +22,9 @@ const TEXT_SHOWN_MAX: usize = 200;
 
 /// First byte of the encoding.
 const ENCODING_VERSION: u8 = 1;
+
+/// Second byte of the encoding of two: the length of the first as an u16, the first, the data file's length as an u64, the second.
+const KIND_WITH_DATA: u8 = 6;
 
 /// Names one version.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,6 +70,15 @@ pub struct Version {
     pub validator: Validator,
     /// Bytes.
     pub len: u64,
+}
+
+/// All that an image pins of its backing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pinned {
+    /// Of the backing's own file.
+    pub own: Version,
+    /// Of the file that holds its data, where that is another.
+    pub data: Option<Version>,
 }
 
 /// Why bytes are not an encoded validator.
@@ -225,6 +238,56 @@ impl Version {
     }
 }
 
+impl Pinned {
+    /// The bytes to keep in an image as the validator, beside the length of the backing's own file. Of two long texts they may be
+    /// more than [`ENCODED_BYTES_MAX`], which no image keeps.
+    pub fn encode(&self) -> Vec<u8> {
+        let own = self.own.validator.encode();
+        let Some(data) = &self.data else { return own };
+        let own_len = u16::try_from(own.len()).expect("at most 1024 bytes");
+        let mut out = vec![ENCODING_VERSION, KIND_WITH_DATA];
+        out.extend_from_slice(&own_len.to_le_bytes());
+        out.extend_from_slice(&own);
+        out.extend_from_slice(&data.len.to_le_bytes());
+        out.extend_from_slice(&data.validator.encode());
+        out
+    }
+
+    /// Reads what [`Pinned::encode`] wrote; `len` is the length of the backing's own file.
+    ///
+    /// # Errors
+    /// Another version, or malformed. Any bytes may be given.
+    pub fn decode(bytes: &[u8], len: u64) -> Result<Self, DecodeError> {
+        let Some(rest) = bytes.strip_prefix(&[ENCODING_VERSION, KIND_WITH_DATA]) else {
+            return Ok(Self { own: Version::decode(bytes, len)?, data: None });
+        };
+        let malformed = |cause| DecodeError::Malformed { len: bytes.len(), cause };
+        if bytes.len() > ENCODED_BYTES_MAX {
+            return Err(malformed("it is longer than 1024 bytes"));
+        }
+        let short = || malformed("it is cut short");
+        let mut reader = Reader { rest };
+        let own_len = reader.array().map(u16::from_le_bytes).ok_or_else(short)?;
+        let (own, rest) = reader.rest.split_at_checked(usize::from(own_len)).ok_or_else(short)?;
+        let mut reader = Reader { rest };
+        let data_len = reader.u64().ok_or_else(short)?;
+        Ok(Self {
+            own: Version::decode(own, len)?,
+            data: Some(Version { validator: Validator::decode(reader.rest)?, len: data_len }),
+        })
+    }
+}
+
+impl fmt::Display for Pinned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.own.validator)?;
+        match &self.data {
+            Some(data) => write!(f, "; its data file: {}", data.validator),
+            None => Ok(()),
+        }
+    }
+}
+
 impl fmt::Display for Validator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -316,6 +379,26 @@ mod tests {
         for validator in examples() {
             assert_eq!(Validator::decode(&validator.encode()), Ok(validator));
         }
+    }
+
+    #[test]
+    fn a_data_file_is_pinned_with_its_image() {
+        for own in examples() {
+            for data in examples().into_iter().map(Some).chain([None]) {
+                let version = |validator, len| Version { validator, len };
+                let pinned =
+                    Pinned { own: version(own.clone(), 10), data: data.map(|data| version(data, 11)) };
+                let encoded = pinned.encode();
+                assert_eq!(Pinned::decode(&encoded, 10).as_ref(), Ok(&pinned));
+                // A readonce that knows of no data files refuses.
+                assert_eq!(Validator::decode(&encoded).is_ok(), pinned.data.is_none());
+                for cut in 0..encoded.len() {
+                    assert!(Pinned::decode(&encoded[..cut], 10).as_ref() != Ok(&pinned));
+                }
+            }
+        }
+        assert!(Pinned::decode(&[1, 6, 255, 255], 1).is_err());
+        assert!(Pinned::decode(&[[1, 6].as_slice(), &[0; 1023]].concat(), 1).is_err());
     }
 
     #[test]

@@ -153,7 +153,7 @@ async fn create(image: &str, driver: &dyn Driver, wanted: Wanted, args: &Args) -
         }
         if let Some(layer) = _layers.first() {
             size = size.or(Some(layer.description.virtual_size.next_multiple_of(512)));
-            spec.pin = pin(layer, &format);
+            spec.pin = pin(layer, &format)?;
         }
         spec.backing = Some(BackingRef { name: stored, format: Some(format) });
     }
@@ -222,9 +222,9 @@ async fn open_backing(
 }
 
 /// A local image as a backing is not pinned: filling it changes its file, not what it shows.
-fn pin(layer: &Layer, format: &str) -> Option<Pin> {
+fn pin(layer: &Layer, format: &str) -> Result<Option<Pin>, Failure> {
     let may_be_filled = matches!(layer.locator, Locator::File(_)) && format != "raw";
-    (!may_be_filled).then(|| Pin { validator: layer.origin.validator(), len: layer.origin.len() })
+    (!may_be_filled).then(|| layer.pin().map_err(look::told)).transpose()
 }
 
 /// Whether both are one file, whatever links lead to it.
@@ -277,11 +277,12 @@ struct Draft<'a> {
 }
 
 impl<'a> Draft<'a> {
-    fn open(place: &'a Path) -> Result<Self, Failure> {
+    async fn open(place: &'a Path) -> Result<Self, Failure> {
         let was_there = std::fs::symlink_metadata(place).is_ok();
         let mode = if was_there { OpenMode::Create } else { OpenMode::CreateNew };
         let file = LocalFile::open(place, mode).map_err(|error| not_created(place, &error.to_string()))?;
-        let lock = look::locked(&file, Access::Write).map_err(|error| Failure::new(error.to_string()))?;
+        let lock =
+            look::locked(&file, Access::Write).await.map_err(|error| Failure::new(error.to_string()))?;
         Ok(Self { place, file: Arc::new(file), _lock: lock, was_there, kept: false })
     }
 }
@@ -306,11 +307,14 @@ async fn write(
     spec: &CreateSpec,
     no_cow: bool,
 ) -> Result<(), Failure> {
-    let mut image = Draft::open(place)?;
+    let mut image = Draft::open(place).await?;
     if no_cow {
         image.file.set_no_copy_on_write();
     }
-    let mut data = data.map(Draft::open).transpose()?;
+    let mut data = match data {
+        Some(data) => Some(Draft::open(data).await?),
+        None => None,
+    };
     let file: Arc<dyn Storage> = image.file.clone();
     let data_file = data.as_ref().map(|data| data.file.clone() as Arc<dyn Storage>);
     driver

@@ -4,7 +4,7 @@ use std::{fmt::Write as _, os::unix::fs::MetadataExt, process::ExitCode};
 
 use readonce_disk::chain::{Layer, TopOnly};
 use readonce_format::driver::{Description, Detail, Snapshot};
-use readonce_origin::{Locator, Version};
+use readonce_origin::{Locator, Pinned};
 use readonce_storage::runtime::TokioRuntime;
 use serde_json::{Map, Value, json};
 
@@ -282,8 +282,8 @@ fn detail_human(out: &mut String, depth: usize, name: &str, detail: &Detail) {
 
 /// A pin's validator in words.
 pub fn validator(pin: &readonce_format::driver::Pin) -> String {
-    match Version::decode(&pin.validator, pin.len) {
-        Ok(version) => version.validator.to_string(),
+    match Pinned::decode(&pin.validator, pin.len) {
+        Ok(pinned) => pinned.to_string(),
         Err(error) => error.to_string(),
     }
 }

@@ -169,7 +169,7 @@ pub async fn readable(
             let file = LocalFile::open(path, OpenMode::Read).map_err(|error| cannot_open(image, error))?;
             let lock = match force_share {
                 true => None,
-                false => locked(&file, Access::Read).map_err(|error| cannot_open(image, error))?,
+                false => locked(&file, Access::Read).await.map_err(|error| cannot_open(image, error))?,
             };
             Ok((Arc::new(file), lock))
         }
@@ -217,7 +217,7 @@ pub async fn hold_file(
     };
     can_be_opened(&path)?;
     let file = LocalFile::open(&path, OpenMode::ReadWrite).map_err(|error| cannot_open(image, error))?;
-    let lock = locked(&file, Access::Write).map_err(|error| cannot_open(image, error))?;
+    let lock = locked(&file, Access::Write).await.map_err(|error| cannot_open(image, error))?;
     let driver = driver_of(&file, format).await.map_err(|error| cannot_open(image, error))?;
     if driver.name() == "raw" && format.is_none() {
         let cause = "its format is not known, and a file is never guessed to be raw for writing: say -f raw";
@@ -227,8 +227,8 @@ pub async fn hold_file(
 }
 
 /// QEMU's lock on a file; none where the file system has no locks, which is told.
-pub fn locked(file: &LocalFile, access: Access) -> Result<Option<ImageLock>, LockError> {
-    match ImageLock::take(file, access) {
+pub async fn locked(file: &LocalFile, access: Access) -> Result<Option<ImageLock>, LockError> {
+    match ImageLock::wait(file, access, &TokioRuntime::current()).await {
         Ok(lock) => Ok(Some(lock)),
         Err(error @ LockError::Unsupported { .. }) => {
             report::warn(error);

@@ -8,11 +8,12 @@
 
 use std::{process::ExitCode, sync::Arc};
 
+use readonce_disk::chain::{ChainOptions, pin_of_backing};
 use readonce_format::{
     Mapping,
     driver::{BackingRef, HeaderChange, Pin},
 };
-use readonce_origin::{FetchError, Locator, Origin, OriginNote, OriginOptions, Reach, Version};
+use readonce_origin::{FetchError, Locator, Origin, OriginNote, OriginOptions, Pinned, Reach};
 use readonce_storage::runtime::TokioRuntime;
 
 use crate::{
@@ -113,11 +114,11 @@ async fn version_at(
     args: &Args,
 ) -> Result<Option<Pin>, Failure> {
     let expect = match &held.description.pin {
-        Some(pin) => Version::decode(&pin.validator, pin.len).ok(),
+        Some(pin) => Pinned::decode(&pin.validator, pin.len).ok(),
         None => None,
     };
     match ask(new, expect.clone(), args).await {
-        Ok(origin) => {
+        Ok((origin, pin)) => {
             for note in origin.notes() {
                 match note {
                     OriginNote::MayHaveChanged { expected, found } => report::warn(format!(
@@ -126,7 +127,7 @@ async fn version_at(
                     note => report::warn(format!("{printable}: {note}")),
                 }
             }
-            Ok(Some(pin_of(&*origin)))
+            Ok(Some(pin))
         }
         Err(error) if expect.is_none() => {
             if !args.quiet {
@@ -147,22 +148,28 @@ async fn version_at(
                 report::warn(format!("{error}; its version is pinned when the image is first written"));
                 return Ok(None);
             }
-            let origin = ask(new, None, args).await.map_err(|error| not_changed(printable, error))?;
+            let (_, pin) = ask(new, None, args).await.map_err(|error| not_changed(printable, error))?;
             report::warn(format!("{error}; no cluster is local yet, so the new version is pinned"));
-            Ok(Some(pin_of(&*origin)))
+            Ok(Some(pin))
         }
     }
 }
 
-async fn ask(place: &Locator, expect: Option<Version>, args: &Args) -> Result<Arc<dyn Origin>, FetchError> {
+async fn ask(
+    place: &Locator,
+    expect: Option<Pinned>,
+    args: &Args,
+) -> Result<(Arc<dyn Origin>, Pin), FetchError> {
     let cause = |failure: Failure| FetchError::Permanent { origin: place.printable(), cause: failure.text };
-    let options =
-        OriginOptions { expect, reach: Reach::Required, ..args.origin.options(&[place]).map_err(cause)? };
-    readonce_origin::open(place, &options, &TokioRuntime::current()).await
-}
-
-fn pin_of(origin: &dyn Origin) -> Pin {
-    Pin { validator: origin.validator(), len: origin.len() }
+    let options = args.origin.options(&[place]).map_err(cause)?;
+    let own = expect.as_ref().map(|expect| expect.own.clone());
+    let origin_options = OriginOptions { expect: own, reach: Reach::Required, ..options.clone() };
+    let rt = TokioRuntime::current();
+    let origin = readonce_origin::open(place, &origin_options, &rt).await?;
+    let options = ChainOptions { origin: options, ..ChainOptions::default() };
+    let format = args.backing_format.as_deref();
+    let pin = pin_of_backing(place, format, &origin, expect.as_ref(), &options, &rt).await?;
+    Ok((origin, pin))
 }
 
 /// Whether nothing is local. What a snapshot holds comes back when it is applied.

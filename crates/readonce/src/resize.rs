@@ -154,7 +154,7 @@ async fn grow_data_file(held: &Held, size: u64) -> Result<(), Failure> {
         return Err(failed("what is not local cannot be changed".to_owned()));
     };
     let file = LocalFile::open(&path, OpenMode::ReadWrite).map_err(|error| failed(error.to_string()))?;
-    let _lock = look::locked(&file, Access::Write).map_err(|error| failed(error.to_string()))?;
+    let _lock = look::locked(&file, Access::Write).await.map_err(|error| failed(error.to_string()))?;
     if file.len() < size {
         file.set_len(size).await.map_err(|error| failed(look::without_number(&error)))?;
         file.sync().await.map_err(|error| failed(look::without_number(&error)))?;

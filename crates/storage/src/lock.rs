@@ -6,6 +6,8 @@
 //! - The locks are of the open file description (OFD): two files of one process exclude each other as well, and all is
 //!   given back when the lock is dropped or the process ends.
 //! - Locked bytes need not exist, and locking changes no byte.
+//! - A process that was killed keeps its locks until the kernel has ended its io_uring: until then, what it had submitted
+//!   may still be written. [`ImageLock::wait`] outlasts that.
 //!
 //! Not here: who may read without a lock (`-U`).
 
@@ -13,14 +15,20 @@ use std::{
     fmt, io,
     os::fd::{AsRawFd, OwnedFd},
     sync::Arc,
+    time::Duration,
 };
 
-use crate::LocalFile;
+use crate::{LocalFile, Rt};
 
 /// Where QEMU puts the bytes of permissions in use (`RAW_LOCK_PERM_BASE`).
 const HELD_BASE: i64 = 100;
 /// Where QEMU puts the bytes of permissions that are not shared (`RAW_LOCK_SHARED_BASE`).
 const DENIED_BASE: i64 = 200;
+
+/// How long a lock may be held by a process that is gone; up to 0.2 s was seen (2026-11), on a busy disk.
+const GOING_MAX: Duration = Duration::from_secs(1);
+/// Between two looks.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// QEMU's permissions that matter on a file; the number is the byte's place after the base.
 #[derive(Clone, Copy)]
@@ -105,6 +113,20 @@ pub struct ImageLock {
 }
 
 impl ImageLock {
+    /// As [`ImageLock::take`], but a lock that another holds is given a moment to go.
+    ///
+    /// # Errors
+    /// As [`ImageLock::take`].
+    pub async fn wait(file: &LocalFile, access: Access, rt: &Rt) -> Result<Self, LockError> {
+        let until = rt.now() + GOING_MAX;
+        loop {
+            match Self::take(file, access) {
+                Err(LockError::InUse(_)) if rt.now() < until => rt.sleep(LOOK_EVERY).await,
+                taken => return taken,
+            }
+        }
+    }
+
     /// Locks `file` as QEMU does.
     ///
     /// # Errors

@@ -4,9 +4,11 @@ use std::{
     io::{BufRead, BufReader, Write},
     path::Path,
     process::{Child, ChildStdout, Command, Stdio},
+    sync::{Arc, Mutex},
+    time::Duration,
 };
 
-use readonce_storage::{Access, ImageLock, LocalFile, LockError, OpenMode};
+use readonce_storage::{Access, BoxFuture, ImageLock, LocalFile, LockError, Moment, OpenMode, Rt, Runtime};
 
 fn open(path: &Path, access: Access) -> LocalFile {
     let mode = if access == Access::Read { OpenMode::Read } else { OpenMode::ReadWrite };
@@ -202,4 +204,48 @@ fn a_foreign_write_lock_is_in_use_as_well() {
         matches!(&error, LockError::InUse(text) if text.starts_with("Failed to lock byte 100\n")),
         "{error}"
     );
+}
+
+/// Time passes by sleeping alone; after some naps a lock is given back.
+struct Naps {
+    slept: Mutex<Duration>,
+    until: Duration,
+    held: Mutex<Option<ImageLock>>,
+}
+
+impl Runtime for Naps {
+    fn now(&self) -> Moment {
+        *self.slept.lock().expect("no panic")
+    }
+    fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()> {
+        let mut slept = self.slept.lock().expect("no panic");
+        *slept += duration;
+        if *slept >= self.until {
+            self.held.lock().expect("no panic").take();
+        }
+        Box::pin(std::future::ready(()))
+    }
+    fn spawn(&self, _: BoxFuture<'static, ()>) {
+        unreachable!("a lock spawns nothing")
+    }
+    fn random(&self) -> u64 {
+        0
+    }
+}
+
+/// A `check` right after the `kill -9` of a server was refused: its lock stays until the kernel has ended its io_uring.
+#[tokio::test]
+async fn a_lock_that_is_going_is_waited_for_and_one_that_stays_is_not() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = directory.path().join("image");
+    std::fs::write(&path, b"").expect("written");
+    let (one, two) = (open(&path, Access::Write), open(&path, Access::Read));
+    for (until, goes) in [(Duration::from_millis(300), true), (Duration::MAX, false)] {
+        let held = ImageLock::take(&one, Access::Write).expect("nobody else");
+        let rt: Rt = Arc::new(Naps { slept: Mutex::default(), until, held: Mutex::new(Some(held)) });
+        match ImageLock::wait(&two, Access::Read, &rt).await {
+            Ok(_) => assert!(goes),
+            Err(error) => assert!(!goes && matches!(error, LockError::InUse(_)), "{error}"),
+        }
+    }
 }

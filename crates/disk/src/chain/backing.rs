@@ -6,12 +6,12 @@ use readonce_format::{
     Driver,
     driver::{BackingRef, Description, HeaderChange, Pin},
 };
-use readonce_origin::{Locator, Origin, OriginOptions, Version, open::Reach};
+use readonce_origin::{Locator, Origin, OriginOptions, Pinned, open::Reach};
 use readonce_storage::{BoxFuture, ImageLock, LocalFile, ReadAt, Storage, local::OpenMode, lock::Access};
 
 use super::{
     CHAIN_DEPTH_MAX, CopyOnRead, Locks, OnChange, OpenError, Shared, driver_of, files,
-    layers::{lock_for_reading, version_of},
+    layers::lock_for_reading, versions,
 };
 use crate::{Base, Image, ImageFiles, ImageOptions, Indexed, LayerError, Lazy, Source};
 
@@ -20,7 +20,7 @@ use crate::{Base, Image, ImageFiles, ImageOptions, Indexed, LayerError, Lazy, So
 pub(super) struct Step {
     pub locator: Locator,
     pub format: Option<String>,
-    pub expect: Option<Version>,
+    pub expect: Option<Pinned>,
     /// Above it, top first.
     pub above: Vec<Locator>,
 }
@@ -48,7 +48,7 @@ impl Step {
             return Err(OpenError::new(name, cause));
         }
         let expect = match &description.pin {
-            Some(pin) => Some(version_of(pin).ok_or_else(|| {
+            Some(pin) => Some(versions::pinned(pin).ok_or_else(|| {
                 let cause =
                     "its image pins a version of it that this readonce cannot read (rebase -u pins anew)";
                 OpenError::new(&name, cause)
@@ -61,7 +61,7 @@ impl Step {
     /// Asks the origin of this step; with a pinned version it may be away.
     pub(super) async fn origin(&self, shared: &Shared) -> Result<Arc<dyn Origin>, OpenError> {
         let options = OriginOptions {
-            expect: self.expect.clone(),
+            expect: self.expect.as_ref().map(|expect| expect.own.clone()),
             reach: Reach::Preferred,
             ..shared.options.origin.clone()
         };
@@ -95,7 +95,8 @@ impl Step {
             let name = self.locator.printable();
             let failed = |cause: String| OpenError::new(&name, cause);
             // Kept only once all is open: what fails, or is dropped half-way, is tried again and must find nothing in its way.
-            let lock = lock_for_reading(&self.locator, &shared.options)
+            let lock = lock_for_reading(&self.locator, &shared.options, &shared.rt)
+                .await
                 .map_err(|error| failed(error.to_string()))?;
             let asked = self.origin(shared).await?;
             let origin = files::read_through(&self.locator, Arc::clone(&asked), shared);
@@ -104,7 +105,8 @@ impl Step {
             let description = driver.describe(&file).await.map_err(|error| failed(error.to_string()))?;
             let mapper = driver.open(file).await.map_err(|error| failed(error.to_string()))?;
             let backing = self.next(shared, &description)?;
-            let (files, data_lock) = files::for_reading(shared, &self.locator, origin, &description).await?;
+            let (files, data_lock) =
+                files::for_reading(shared, &self.locator, origin, &description, self.expect.as_ref()).await?;
             shared.opened(name.clone(), driver.name(), false);
             shared.locks.lock().extend(lock.into_iter().chain(data_lock));
             shared.origins.lock().push(asked);
@@ -132,7 +134,7 @@ impl Step {
             shared.warn(format!("{name} is not filled: it is marked corrupt"));
             return Ok(None);
         }
-        let lock = match ImageLock::take(&file, Access::Write) {
+        let lock = match ImageLock::wait(&file, Access::Write, &shared.rt).await {
             Ok(lock) => lock,
             Err(error) => {
                 shared.warn(format!("{name} is not filled: {error}"));
@@ -143,7 +145,7 @@ impl Step {
         let mut description = driver.describe(&readable).await.map_err(|error| failed(error.to_string()))?;
         let storage: Arc<dyn Storage> = file;
         self.pin_what_it_fills_from(shared, &storage, driver, &mut description).await?;
-        let data = files::for_writing(shared, &self.locator, &description)?;
+        let data = files::for_writing(shared, &self.locator, &description).await?;
         let (data, data_lock) = data.map_or((None, None), |(data, lock)| (Some(data), lock));
         let mapper = driver
             .open_writable(Arc::clone(&storage), data.clone(), Arc::clone(&shared.rt))
@@ -183,7 +185,10 @@ impl Step {
     /// The version that is there now.
     pub(super) async fn version(&self, shared: &Shared) -> Result<Pin, OpenError> {
         let origin = self.origin(shared).await?;
-        Ok(Pin { validator: origin.validator(), len: origin.len() })
+        let (format, expect) = (self.format.as_deref(), self.expect.as_ref());
+        versions::pin_of_backing(&self.locator, format, &origin, expect, &shared.options, &shared.rt)
+            .await
+            .map_err(|error| OpenError::new(self.locator.printable(), error))
     }
 
     /// Offline, what could have changed is not asked; a local image shows what it holds.

@@ -2,11 +2,14 @@
 
 use std::sync::Arc;
 
-use readonce_format::{Driver, Mapper, driver::Description};
-use readonce_origin::{Locator, Origin, Version};
+use readonce_format::{
+    Driver, Mapper,
+    driver::{Description, Pin},
+};
+use readonce_origin::{Locator, Origin, OriginOptions, Pinned};
 use readonce_storage::{ImageLock, LocalFile, ReadAt, Rt};
 
-use super::{CHAIN_DEPTH_MAX, ChainOptions, Locks, OpenError, driver_of};
+use super::{CHAIN_DEPTH_MAX, ChainOptions, Locks, OpenError, driver_of, files, versions};
 use readonce_storage::{local::OpenMode, lock::Access};
 
 /// One file or URL of a chain, open for reading.
@@ -19,7 +22,19 @@ pub struct Layer {
     pub mapper: Arc<dyn Mapper>,
     /// Its bytes.
     pub origin: Arc<dyn Origin>,
+    /// Where its data is, if that is another file and lies far away.
+    pub data: Option<Arc<dyn Origin>>,
     _lock: Option<ImageLock>,
+}
+
+impl Layer {
+    /// What an image above it pins.
+    ///
+    /// # Errors
+    /// What it shows cannot be told apart from other versions.
+    pub fn pin(&self) -> Result<Pin, OpenError> {
+        versions::pin(&*self.origin, self.data.as_deref())
+    }
 }
 
 /// Opens the chain from `name` down, top first; only the top where `top_only`. `format` is the top's.
@@ -46,7 +61,7 @@ pub async fn open_layers(
             let cause = format!("the backing chain has more than {CHAIN_DEPTH_MAX} images");
             return Err(OpenError::new(locator.printable(), cause));
         }
-        let layer = open_layer(locator, format.as_deref(), expect, options, rt).await?;
+        let layer = open_layer(locator, format.as_deref(), expect, options, top_only, rt).await?;
         if let (Some(backing), TopOnly::No, false) =
             (&layer.description.backing, top_only, options.no_backing_files)
         {
@@ -56,7 +71,7 @@ pub async fn open_layers(
                 .allow_backing
                 .check(&layer.locator, &child)
                 .map_err(|error| OpenError::new(child.printable(), error))?;
-            let expect = layer.description.pin.as_ref().and_then(version_of);
+            let expect = layer.description.pin.as_ref().and_then(versions::pinned);
             next = Some((child, backing.format.clone(), expect));
         }
         layers.push(layer);
@@ -73,22 +88,19 @@ pub enum TopOnly {
     No,
 }
 
-/// The version that a pin stands for; a pin that cannot be read stands for none.
-pub(super) fn version_of(pin: &readonce_format::driver::Pin) -> Option<Version> {
-    Version::decode(&pin.validator, pin.len).ok()
-}
-
 async fn open_layer(
     locator: Locator,
     format: Option<&str>,
-    expect: Option<Version>,
+    expect: Option<Pinned>,
     options: &ChainOptions,
+    top_only: TopOnly,
     rt: &Rt,
 ) -> Result<Layer, OpenError> {
     let name = locator.printable();
     let failed = |cause: String| OpenError::new(&name, cause);
-    let _lock = lock_for_reading(&locator, options).map_err(|error| failed(error.to_string()))?;
-    let origin_options = readonce_origin::OriginOptions { expect, ..options.origin.clone() };
+    let _lock = lock_for_reading(&locator, options, rt).await.map_err(|error| failed(error.to_string()))?;
+    let own = expect.as_ref().map(|expect| expect.own.clone());
+    let origin_options = OriginOptions { expect: own, ..options.origin.clone() };
     let origin = readonce_origin::open(&locator, &origin_options, rt)
         .await
         .map_err(|error| failed(error.to_string()))?;
@@ -96,19 +108,29 @@ async fn open_layer(
     let driver: &dyn Driver = driver_of(&*file, format).await.map_err(failed)?;
     let description = driver.describe(&file).await.map_err(|error| failed(error.to_string()))?;
     let mapper = driver.open(file).await.map_err(|error| failed(error.to_string()))?;
-    Ok(Layer { locator, description, mapper, origin, _lock })
+    let mut data = None;
+    if let (Locator::Http(_), TopOnly::No, false) = (&locator, top_only, options.no_backing_files)
+        && let Some(place) = files::data_file(&locator, &description, options)?
+    {
+        let expect = files::expected_data(&place, expect.as_ref())?;
+        let origin_options = OriginOptions { expect, ..options.origin.clone() };
+        let opened = readonce_origin::open(&place, &origin_options, rt).await;
+        data = Some(opened.map_err(|error| OpenError::new(place.printable(), error))?);
+    }
+    Ok(Layer { locator, description, mapper, origin, data, _lock })
 }
 
 /// A reader's lock on a local file, as QEMU takes it on every file of a chain.
-pub(super) fn lock_for_reading(
+pub(super) async fn lock_for_reading(
     locator: &Locator,
     options: &ChainOptions,
+    rt: &Rt,
 ) -> Result<Option<ImageLock>, readonce_storage::lock::LockError> {
     use readonce_storage::lock::LockError;
     let (Locator::File(path), Locks::Take) = (locator, options.locks) else { return Ok(None) };
     // A file that cannot be opened is told by who opens it to read.
     let Ok(file) = LocalFile::open(path, OpenMode::Read) else { return Ok(None) };
-    match ImageLock::take(&file, Access::Read) {
+    match ImageLock::wait(&file, Access::Read, rt).await {
         Ok(lock) => Ok(Some(lock)),
         Err(LockError::Unsupported { .. }) => Ok(None),
         Err(error) => Err(error),

@@ -7,13 +7,13 @@
 //! - An image names its backing, but the user's policy decides whether that is opened (I8).
 //!
 //! Here: what is asked and what is answered. `top` opens an image to be used, `backing` what lies behind one,
-//! `files` the files of an
-//! image, `layers` a whole chain to be looked at.
+//! `files` the files of an image, `versions` what is pinned of them, `layers` a whole chain to be looked at.
 
 mod backing;
 mod files;
 mod layers;
 mod top;
+mod versions;
 
 use std::{sync::Arc, time::Duration};
 
@@ -23,6 +23,7 @@ use readonce_storage::{ImageLock, ReadAt, Rt};
 
 pub use layers::{Layer, TopOnly, open_layers};
 pub use top::open;
+pub use versions::pin_of_backing;
 
 use crate::{Disk, Image, LayerError};
 

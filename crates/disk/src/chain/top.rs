@@ -24,6 +24,7 @@ use super::{
     backing::{Step, keep_pin, offline, refused},
     driver_of, files,
     layers::lock_for_reading,
+    versions,
 };
 use crate::{Base, Disk, Image, ImageFiles, ImageOptions, Indexed, LayerError, Source, Top};
 
@@ -115,7 +116,9 @@ impl Opening {
     /// The top as a read-only layer, by the same way as any lower one.
     async fn open_base(&self) -> Result<Top, OpenError> {
         let name = self.locator.printable();
-        let lock = lock_for_reading(&self.locator, self.options()).map_err(|error| self.failed(error))?;
+        let lock = lock_for_reading(&self.locator, self.options(), &self.shared.rt)
+            .await
+            .map_err(|error| self.failed(error))?;
         self.shared.locks.lock().extend(lock);
         let origin = readonce_origin::open(&self.locator, &self.options().origin, &self.shared.rt)
             .await
@@ -128,7 +131,7 @@ impl Opening {
         let description = driver.describe(&file).await.map_err(|error| self.failed(error))?;
         let mapper = driver.open(file).await.map_err(|error| self.failed(error))?;
         let (files, data_lock) =
-            files::for_reading(&self.shared, &self.locator, origin, &description).await?;
+            files::for_reading(&self.shared, &self.locator, origin, &description, None).await?;
         self.shared.locks.lock().extend(data_lock);
         self.shared.opened(name, driver.name(), false);
         let size = mapper.geometry().size;
@@ -143,7 +146,7 @@ impl Opening {
         copy_on_read: bool,
     ) -> Result<Top, OpenError> {
         if self.options().locks == Locks::Take {
-            match ImageLock::take(&file, Access::Write) {
+            match ImageLock::wait(&file, Access::Write, &self.shared.rt).await {
                 Ok(lock) => self.shared.locks.lock().push(lock),
                 Err(error @ LockError::Unsupported { .. }) => self.shared.warn(error.to_string()),
                 Err(error) => return Err(self.failed(error)),
@@ -164,7 +167,7 @@ impl Opening {
             self.repair_what_qemu_left(&storage, driver).await?;
         }
         let backing = self.pinned_backing(&storage, driver, &mut description).await?;
-        let data = files::for_writing(&self.shared, &self.locator, &description)?;
+        let data = files::for_writing(&self.shared, &self.locator, &description).await?;
         let (data, data_lock) = data.map_or((None, None), |(data, lock)| (Some(data), lock));
         self.shared.locks.lock().extend(data_lock);
         let mapper = driver
@@ -226,7 +229,7 @@ impl Opening {
                     Err(_) if pinned.is_some() => return self.backing(description).await,
                     Err(error) => return Err(error),
                 };
-                let found = super::layers::version_of(&pin);
+                let found = versions::pinned(&pin);
                 if pinned.is_some() && pinned != found {
                     self.check_nothing_is_local(storage, driver, description).await?;
                 }

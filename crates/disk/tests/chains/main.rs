@@ -5,6 +5,7 @@
 //!   against the model. `turns`: QEMU and readonce use one image in turn.
 //! - `versions`, `away`, `wrong`: the backing changes, cannot be reached, answers wrong. `policy`: what is not opened.
 //! - `lower`: what is special below the top. `locks`, `mounts`: other users of the image, and file systems that are full or read-only.
+//! - `far_data`: the data file of an image that lies behind a URL.
 //! - `qcow2`: what only qcow2 has: compressed clusters, data files, snapshots, marks.
 //!
 //! Not here: `kill -9`, which needs a process to kill (the command's tests).
@@ -12,6 +13,7 @@
 #![allow(clippy::disallowed_methods, reason = "tests run on the real clock")]
 
 mod away;
+mod far_data;
 mod fills;
 mod locks;
 mod lower;

@@ -177,17 +177,6 @@ async fn data_in_a_file_of_its_own() {
 }
 
 #[tokio::test]
-async fn an_image_from_the_network_opens_no_data_file() {
-    let place = Place::new();
-    with_data_file(&place, "off").await.close().await;
-    let origin = serve(&Content::Given(place.bytes_of("top.qcow2"))).await;
-    let mut read_only = options();
-    read_only.format = Some("qcow2".into());
-    let error = open(&origin.url(), read_only).await.map(|_| ()).expect_err("refused").to_string();
-    assert!(error.contains("only read for local images"), "{error}");
-}
-
-#[tokio::test]
 async fn a_data_file_is_locked_as_its_image_is() {
     let place = Place::new();
     let opened = with_data_file(&place, "off").await;

@@ -14,7 +14,8 @@ use std::{
     time::Duration,
 };
 
-use readonce_disk::chain::ChainOptions;
+use readonce_disk::chain::{ChainOptions, pin_of_backing};
+use readonce_format::driver::Pin;
 use readonce_origin::{FetchError, Locator, Origin, OriginOptions, Reach};
 use readonce_storage::runtime::TokioRuntime;
 use rustix::fs::{FlockOperation, flock};
@@ -31,8 +32,8 @@ const PROBE_WITH_IMAGE: Duration = Duration::from_secs(3);
 pub struct Found {
     /// Its path; it may not exist yet if there is an origin.
     pub image: PathBuf,
-    /// The origin, if it could be reached.
-    pub origin: Option<Arc<dyn Origin>>,
+    /// The origin, and the version there, if it could be reached.
+    pub origin: Option<(Arc<dyn Origin>, Pin)>,
     /// What a person should know.
     pub warnings: Vec<String>,
 }
@@ -47,7 +48,12 @@ pub fn format(image: &Path) -> &'static str {
 }
 
 /// Looks for the image of `place` as it is now; one that is not there yet is to have that format.
-pub async fn find(place: &Locator, format: &str, options: &ChainOptions) -> Result<Found, Failure> {
+pub async fn find(
+    place: &Locator,
+    format: &str,
+    backing_format: Option<&str>,
+    options: &ChainOptions,
+) -> Result<Found, Failure> {
     let folder = folder()?;
     let prefix = prefix(place);
     let known = images(&folder, &prefix);
@@ -55,9 +61,10 @@ pub async fn find(place: &Locator, format: &str, options: &ChainOptions) -> Resu
     if !known.is_empty() {
         asked.probe_for = asked.probe_for.min(PROBE_WITH_IMAGE);
     }
-    match readonce_origin::open(place, &asked, &TokioRuntime::current()).await {
-        Ok(origin) => {
-            let version = hash([origin.validator(), origin.len().to_le_bytes().to_vec()].concat());
+    let asked = ChainOptions { origin: asked, ..options.clone() };
+    match version_now(place, backing_format, &asked).await {
+        Ok((origin, pin)) => {
+            let version = hash([pin.validator.as_slice(), &pin.len.to_le_bytes()].concat());
             let image = |format: &str| folder.join(format!("{prefix}{version}.{format}"));
             let there = FORMATS.into_iter().map(image).find(|image| known.contains(image));
             let image = there.unwrap_or_else(|| image(format));
@@ -71,7 +78,7 @@ pub async fn find(place: &Locator, format: &str, options: &ChainOptions) -> Resu
                     old.display()
                 ));
             }
-            Ok(Found { image, origin: Some(origin), warnings })
+            Ok(Found { image, origin: Some((origin, pin)), warnings })
         }
         Err(error @ FetchError::Away { .. }) => match known.last() {
             Some(image) => Ok(Found {
@@ -85,6 +92,18 @@ pub async fn find(place: &Locator, format: &str, options: &ChainOptions) -> Resu
         },
         Err(error) => Err(look::cannot_open(&place.printable(), error)),
     }
+}
+
+/// What is there now, and its version.
+pub async fn version_now(
+    place: &Locator,
+    format: Option<&str>,
+    options: &ChainOptions,
+) -> Result<(Arc<dyn Origin>, Pin), FetchError> {
+    let rt = TokioRuntime::current();
+    let origin = readonce_origin::open(place, &options.origin, &rt).await?;
+    let pin = pin_of_backing(place, format, &origin, None, options, &rt).await?;
+    Ok((origin, pin))
 }
 
 /// `$XDG_CACHE_HOME/readonce`, made if it is not there. Its images may hold what credentials were needed for: mode 0700.

@@ -14,7 +14,7 @@ use std::{
 use readonce_disk::chain::{ChainOptions, CopyOnRead, driver_of};
 use readonce_format::driver::{BackingRef, CreateSpec, Pin};
 use readonce_origin::{Locator, Origin};
-use readonce_storage::{LocalFile, ReadAt, local::OpenMode, runtime::TokioRuntime};
+use readonce_storage::{LocalFile, ReadAt, local::OpenMode};
 
 use super::{Args, cache};
 use crate::{failure::Failure, folders, look, new_image::Keeper};
@@ -86,10 +86,10 @@ async fn in_image(
         ),
         url => url,
     };
-    let origin = readonce_origin::open(&place, &options.origin, &TokioRuntime::current())
+    let now = cache::version_now(&place, args.backing_format.as_deref(), &options)
         .await
         .map_err(|error| look::cannot_open(&place.printable(), error))?;
-    make(image, keeper, &place, origin, args.backing_format.as_deref()).await?;
+    make(image, keeper, &place, now, args.backing_format.as_deref()).await?;
     args.told.say(format_args!("made {} ({})", image.display(), keeper.name()));
     Ok(Chosen::kept_in(image, options))
 }
@@ -99,7 +99,7 @@ async fn make(
     image: &Path,
     keeper: Keeper,
     place: &Locator,
-    origin: Arc<dyn Origin>,
+    (origin, pin): (Arc<dyn Origin>, Pin),
     format: Option<&str>,
 ) -> Result<(), Failure> {
     let name = place.printable();
@@ -111,7 +111,7 @@ async fn make(
         size: description.virtual_size.next_multiple_of(512),
         backing: Some(BackingRef { name: place.stored_name(), format: Some(below.name().to_owned()) }),
         options: vec![("copy_on_read".to_owned(), None)],
-        pin: (!may_be_filled).then(|| Pin { validator: origin.validator(), len: origin.len() }),
+        pin: (!may_be_filled).then_some(pin),
         data_file: None,
     };
     keeper.create(image, spec).await
@@ -153,18 +153,18 @@ async fn in_cache(
     mut options: ChainOptions,
     args: &Args,
 ) -> Result<Chosen, Failure> {
-    let found = cache::find(&place, keeper.name(), &options).await?;
+    let found = cache::find(&place, keeper.name(), args.backing_format.as_deref(), &options).await?;
     for warning in &found.warnings {
         crate::report::warn(warning);
     }
     let claim = cache::Claim::take(&found.image, &place)?;
-    if let Some(origin) = found.origin
+    if let Some(now) = found.origin
         && std::fs::symlink_metadata(&found.image).is_err()
     {
         // Under another name first: a kill in between leaves no half image under the right one.
         let draft = found.image.with_extension("new");
         let _ = std::fs::remove_file(&draft);
-        make(&draft, keeper, &place, origin, args.backing_format.as_deref()).await?;
+        make(&draft, keeper, &place, now, args.backing_format.as_deref()).await?;
         std::fs::rename(&draft, &found.image).map_err(|error| {
             Failure::new(format!("Could not create '{}': {error}", found.image.display()))
         })?;

@@ -1,0 +1,66 @@
+//! Versions: what an image pins of its backing (I6).
+//!
+//! - The backing's own file, and the file that holds its data where that is another: each could change without the other.
+//! - What lies behind the backing is pinned by the backing, if that is an image of ours.
+//!
+//! Not here: when an image is pinned (`top`, `backing`), what names a version (`readonce_origin::validator`).
+
+use std::sync::Arc;
+
+use readonce_format::driver::Pin;
+use readonce_origin::{FetchError, Locator, Origin, OriginOptions, Pinned, Version};
+use readonce_storage::{ReadAt, Rt};
+
+use super::{ChainOptions, OpenError, driver_of, files};
+
+/// What a pin stands for; nothing, if it cannot be read.
+pub(super) fn pinned(pin: &Pin) -> Option<Pinned> {
+    Pinned::decode(&pin.validator, pin.len).ok()
+}
+
+/// The pin of a backing whose own file and data file these are.
+pub(super) fn pin(own: &dyn Origin, data: Option<&dyn Origin>) -> Result<Pin, OpenError> {
+    let Some(data) = data else { return Ok(Pin { validator: own.validator(), len: own.len() }) };
+    let version = |origin: &dyn Origin| {
+        Version::decode(&origin.validator(), origin.len())
+            .map_err(|error| OpenError::new(origin.name(), error))
+    };
+    let pinned = Pinned { own: version(own)?, data: Some(version(data)?) };
+    Ok(Pin { validator: pinned.encode(), len: own.len() })
+}
+
+/// The pin of the backing at `locator`, whose own file is `origin`. With `expect`, its data file must be of that version.
+///
+/// # Errors
+/// As of opening the data file, which policy may also refuse.
+pub async fn pin_of_backing(
+    locator: &Locator,
+    format: Option<&str>,
+    origin: &Arc<dyn Origin>,
+    expect: Option<&Pinned>,
+    options: &ChainOptions,
+    rt: &Rt,
+) -> Result<Pin, FetchError> {
+    let refused = |cause: String| FetchError::Permanent { origin: locator.printable(), cause };
+    let own = |error: OpenError| refused(error.to_string());
+    if matches!(locator, Locator::File(_)) || format == Some("raw") {
+        return pin(&**origin, None).map_err(own);
+    }
+    let file: Arc<dyn ReadAt> = origin.clone();
+    let driver = driver_of(&*file, format).await.map_err(refused)?;
+    let description = driver.describe(&file).await.map_err(|error| refused(error.to_string()))?;
+    // Nothing of it will be read.
+    if options.no_backing_files {
+        return pin(&**origin, None).map_err(own);
+    }
+    let Some(place) = files::data_file(locator, &description, options).map_err(own)? else {
+        return pin(&**origin, None).map_err(own);
+    };
+    let expect = match expect {
+        Some(_) => files::expected_data(&place, expect).map_err(own)?,
+        None => None,
+    };
+    let options = OriginOptions { expect, ..options.origin.clone() };
+    let data = readonce_origin::open(&place, &options, rt).await?;
+    pin(&**origin, Some(&*data)).map_err(own)
+}
