@@ -8,7 +8,7 @@
 
 use std::{process::ExitCode, sync::Arc};
 
-use readonce_disk::chain::{ChainOptions, pin_of_backing};
+use readonce_disk::chain::{ChainOptions, look_at_backing};
 use readonce_format::{
     Mapping,
     driver::{BackingRef, HeaderChange, Pin},
@@ -168,8 +168,8 @@ async fn ask(
     let origin = readonce_origin::open(place, &origin_options, &rt).await?;
     let options = ChainOptions { origin: options, ..ChainOptions::default() };
     let format = args.backing_format.as_deref();
-    let pin = pin_of_backing(place, format, &origin, expect.as_ref(), &options, &rt).await?;
-    Ok((origin, pin))
+    let looked = look_at_backing(place, format, &origin, expect.as_ref(), &options, &rt).await?;
+    Ok((origin, looked.pin))
 }
 
 /// Whether nothing is local. What a snapshot holds comes back when it is applied.

@@ -26,7 +26,7 @@ const HELD_BASE: i64 = 100;
 const DENIED_BASE: i64 = 200;
 
 /// How long a lock may be held by a process that is gone; up to 0.2 s was seen (2026-11), on a busy disk.
-const GOING_MAX: Duration = Duration::from_secs(1);
+pub const GOING_MAX: Duration = Duration::from_secs(1);
 /// Between two looks.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 

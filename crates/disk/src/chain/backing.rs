@@ -11,7 +11,8 @@ use readonce_storage::{BoxFuture, ImageLock, LocalFile, ReadAt, Storage, local::
 
 use super::{
     CHAIN_DEPTH_MAX, CopyOnRead, Locks, OnChange, OpenError, Shared, driver_of, files,
-    layers::lock_for_reading, versions,
+    layers::lock_for_reading,
+    versions::{self, look_at_backing},
 };
 use crate::{Base, Image, ImageFiles, ImageOptions, Indexed, LayerError, Lazy, Source};
 
@@ -23,6 +24,17 @@ pub(super) struct Step {
     pub expect: Option<Pinned>,
     /// Above it, top first.
     pub above: Vec<Locator>,
+    /// Its file, if that was opened to be pinned.
+    pub at_hand: Option<AtHand>,
+}
+
+/// The file of a step, open.
+#[derive(Clone)]
+pub(super) struct AtHand {
+    /// As it is asked.
+    asked: Arc<dyn Origin>,
+    /// As it is read.
+    file: Arc<dyn Origin>,
 }
 
 impl Step {
@@ -55,23 +67,27 @@ impl Step {
             })?),
             None => None,
         };
-        Ok(Self { locator, format: backing.format.clone(), expect, above })
+        Ok(Self { locator, format: backing.format.clone(), expect, above, at_hand: None })
     }
 
     /// Asks the origin of this step; with a pinned version it may be away.
-    pub(super) async fn origin(&self, shared: &Shared) -> Result<Arc<dyn Origin>, OpenError> {
+    async fn open_file(&self, shared: &Shared) -> Result<AtHand, OpenError> {
+        if let Some(at_hand) = &self.at_hand {
+            return Ok(at_hand.clone());
+        }
         let options = OriginOptions {
             expect: self.expect.as_ref().map(|expect| expect.own.clone()),
             reach: Reach::Preferred,
             ..shared.options.origin.clone()
         };
-        let origin = readonce_origin::open(&self.locator, &options, &shared.rt)
+        let asked = readonce_origin::open(&self.locator, &options, &shared.rt)
             .await
             .map_err(|error| OpenError::new(self.locator.printable(), error))?;
-        for note in origin.notes() {
+        for note in asked.notes() {
             shared.warn(format!("{}: {note}", self.locator.printable()));
         }
-        Ok(origin)
+        let file = files::read_through(&self.locator, Arc::clone(&asked), shared);
+        Ok(AtHand { asked, file })
     }
 
     /// The source, opened at its first use.
@@ -98,13 +114,12 @@ impl Step {
             let lock = lock_for_reading(&self.locator, &shared.options, &shared.rt)
                 .await
                 .map_err(|error| failed(error.to_string()))?;
-            let asked = self.origin(shared).await?;
-            let origin = files::read_through(&self.locator, Arc::clone(&asked), shared);
+            let AtHand { asked, file: origin } = self.open_file(shared).await?;
             let file: Arc<dyn ReadAt> = origin.clone();
             let driver = driver_of(&*file, self.format.as_deref()).await.map_err(failed)?;
             let description = driver.describe(&file).await.map_err(|error| failed(error.to_string()))?;
             let mapper = driver.open(file).await.map_err(|error| failed(error.to_string()))?;
-            let backing = self.next(shared, &description)?;
+            let backing = self.next(shared, &description, None)?;
             let (files, data_lock) =
                 files::for_reading(shared, &self.locator, origin, &description, self.expect.as_ref()).await?;
             shared.opened(name.clone(), driver.name(), false);
@@ -144,14 +159,14 @@ impl Step {
         // Again: who had the lock before may have changed it since.
         let mut description = driver.describe(&readable).await.map_err(|error| failed(error.to_string()))?;
         let storage: Arc<dyn Storage> = file;
-        self.pin_what_it_fills_from(shared, &storage, driver, &mut description).await?;
+        let at_hand = self.pin_what_it_fills_from(shared, &storage, driver, &mut description).await?;
         let data = files::for_writing(shared, &self.locator, &description).await?;
         let (data, data_lock) = data.map_or((None, None), |(data, lock)| (Some(data), lock));
         let mapper = driver
             .open_writable(Arc::clone(&storage), data.clone(), Arc::clone(&shared.rt))
             .await
             .map_err(|error| failed(error.to_string()))?;
-        let backing = self.next(shared, &description)?;
+        let backing = self.next(shared, &description, at_hand)?;
         shared.opened(name.clone(), driver.name(), true);
         shared.locks.lock().extend(std::iter::once(lock).chain(data_lock));
         let options = ImageOptions { copy_on_read: true, ..ImageOptions::default() };
@@ -170,25 +185,27 @@ impl Step {
         storage: &Arc<dyn Storage>,
         driver: &dyn Driver,
         description: &mut Description,
-    ) -> Result<(), OpenError> {
+    ) -> Result<Option<AtHand>, OpenError> {
         let Some(backing) = description.backing.clone().filter(|_| description.pin.is_none()) else {
-            return Ok(());
+            return Ok(None);
         };
-        let step = Step::down(shared, &self.locator, description, &backing, &self.above)?;
+        let mut step = Step::down(shared, &self.locator, description, &backing, &self.above)?;
         if !step.can_be_pinned() || step.is_refused(shared) {
-            return Ok(());
+            return Ok(None);
         }
         let pin = step.version(shared).await?;
-        keep_pin(&self.locator, storage, driver, pin, description).await
+        keep_pin(&self.locator, storage, driver, pin, description).await?;
+        Ok(step.at_hand)
     }
 
-    /// The version that is there now.
-    pub(super) async fn version(&self, shared: &Shared) -> Result<Pin, OpenError> {
-        let origin = self.origin(shared).await?;
-        let (format, expect) = (self.format.as_deref(), self.expect.as_ref());
-        versions::pin_of_backing(&self.locator, format, &origin, expect, &shared.options, &shared.rt)
-            .await
-            .map_err(|error| OpenError::new(self.locator.printable(), error))
+    /// The version that is there now. What was opened to tell it stays at hand.
+    pub(super) async fn version(&mut self, shared: &Shared) -> Result<Pin, OpenError> {
+        let at_hand = self.open_file(shared).await?;
+        let (format, expect, options) = (self.format.as_deref(), self.expect.as_ref(), &shared.options);
+        let looked = look_at_backing(&self.locator, format, &at_hand.file, expect, options, &shared.rt).await;
+        let pin = looked.map_err(|error| OpenError::new(self.locator.printable(), error))?.pin;
+        self.at_hand = Some(at_hand);
+        Ok(pin)
     }
 
     /// Offline, what could have changed is not asked; a local image shows what it holds.
@@ -208,9 +225,11 @@ impl Step {
         &self,
         shared: &Arc<Shared>,
         description: &Description,
+        at_hand: Option<AtHand>,
     ) -> Result<Option<Arc<dyn Source>>, OpenError> {
         let Some(backing) = &description.backing else { return Ok(None) };
-        let step = Step::down(shared, &self.locator, description, backing, &self.above)?;
+        let down = Step::down(shared, &self.locator, description, backing, &self.above)?;
+        let step = Step { at_hand, ..down };
         if step.is_refused(shared) {
             return Ok(Some(offline(&self.locator)));
         }

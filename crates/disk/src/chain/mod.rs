@@ -23,7 +23,7 @@ use readonce_storage::{ImageLock, ReadAt, Rt};
 
 pub use layers::{Layer, TopOnly, open_layers};
 pub use top::open;
-pub use versions::pin_of_backing;
+pub use versions::{Looked, look_at_backing};
 
 use crate::{Disk, Image, LayerError};
 

@@ -15,13 +15,13 @@ use readonce_origin::Locator;
 use readonce_storage::{
     ImageLock, LocalFile, ReadAt, Rt, Storage,
     local::OpenMode,
-    lock::{Access, LockError},
+    lock::{self, Access, LockError},
     runtime::timeout,
 };
 
 use super::{
     Chain, ChainOptions, CopyOnRead, Locks, OnChange, OpenError, Reporter, Shared,
-    backing::{Step, keep_pin, offline, refused},
+    backing::{AtHand, Step, keep_pin, offline, refused},
     driver_of, files,
     layers::lock_for_reading,
     versions,
@@ -135,7 +135,7 @@ impl Opening {
         self.shared.locks.lock().extend(data_lock);
         self.shared.opened(name, driver.name(), false);
         let size = mapper.geometry().size;
-        let backing = self.backing(&description).await?;
+        let backing = self.backing(&description, None).await?;
         Ok(Top::Base(Arc::new(Base::new(mapper, files, backing, &self.shared.rt)), size))
     }
 
@@ -217,6 +217,7 @@ impl Opening {
         driver: &dyn Driver,
         description: &mut Description,
     ) -> Result<Option<Arc<dyn Source>>, OpenError> {
+        let mut at_hand = None;
         if let (false, Some(backing)) = (self.options().no_backing_files, &description.backing) {
             let repin = self.options().on_change == OnChange::Repin;
             let mut step = Step::down(&self.shared, &self.locator, description, backing, &[])?;
@@ -226,7 +227,7 @@ impl Opening {
                 let pin = match step.version(&self.shared).await {
                     Ok(pin) => pin,
                     // What is pinned stays; `backing` says what that means.
-                    Err(_) if pinned.is_some() => return self.backing(description).await,
+                    Err(_) if pinned.is_some() => return self.backing(description, None).await,
                     Err(error) => return Err(error),
                 };
                 let found = versions::pinned(&pin);
@@ -236,9 +237,10 @@ impl Opening {
                 if pinned.is_none() || pinned != found {
                     keep_pin(&self.locator, storage, driver, pin, description).await?;
                 }
+                at_hand = step.at_hand;
             }
         }
-        self.backing(description).await
+        self.backing(description, at_hand).await
     }
 
     async fn check_nothing_is_local(
@@ -271,20 +273,25 @@ impl Opening {
     }
 
     /// What the image has behind it. Tried now; an image that knows its backing's version goes on without.
-    async fn backing(&self, description: &Description) -> Result<Option<Arc<dyn Source>>, OpenError> {
+    async fn backing(
+        &self,
+        description: &Description,
+        at_hand: Option<AtHand>,
+    ) -> Result<Option<Arc<dyn Source>>, OpenError> {
         let Some(backing) = &description.backing else { return Ok(None) };
         let name = self.locator.printable();
         if self.options().no_backing_files {
             return Ok(Some(refused(format!("{name}: backing files are off (--no-backing-files)"))));
         }
-        let step = Step::down(&self.shared, &self.locator, description, backing, &[])?;
+        let down = Step::down(&self.shared, &self.locator, description, backing, &[])?;
+        let step = Step { at_hand, ..down };
         if step.is_refused(&self.shared) {
             return Ok(Some(offline(&self.locator)));
         }
         let lazy = step.lazy(&self.shared);
         // The probe has its own limit; a format that must be read from an origin that is away would be tried for as long as
-        // a guest's read.
-        let limit = self.options().origin.probe_for.saturating_mul(2);
+        // a guest's read. A lock on the way may be on its own way out.
+        let limit = self.options().origin.probe_for.saturating_mul(2).saturating_add(lock::GOING_MAX);
         let tried = match timeout(&self.shared.rt, limit, lazy.source()).await {
             Ok(tried) => tried.map(|_| ()),
             Err(_) => Err(LayerError::NoBacking(format!("{name}: its backing does not answer"))),

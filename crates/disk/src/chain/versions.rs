@@ -7,7 +7,10 @@
 
 use std::sync::Arc;
 
-use readonce_format::driver::Pin;
+use readonce_format::{
+    Driver,
+    driver::{Description, Pin},
+};
 use readonce_origin::{FetchError, Locator, Origin, OriginOptions, Pinned, Version};
 use readonce_storage::{ReadAt, Rt};
 
@@ -29,38 +32,50 @@ pub(super) fn pin(own: &dyn Origin, data: Option<&dyn Origin>) -> Result<Pin, Op
     Ok(Pin { validator: pinned.encode(), len: own.len() })
 }
 
-/// The pin of the backing at `locator`, whose own file is `origin`. With `expect`, its data file must be of that version.
+/// A backing, looked at.
+pub struct Looked {
+    /// Its format.
+    pub driver: &'static dyn Driver,
+    /// What it says of itself.
+    pub description: Description,
+    /// What an image above it pins.
+    pub pin: Pin,
+}
+
+/// Looks at the backing at `locator`, whose own file is `origin`. With `expect`, its data file must be of that version.
 ///
 /// # Errors
-/// As of opening the data file, which policy may also refuse.
-pub async fn pin_of_backing(
+/// It is no such image; its data file cannot be opened, or policy refuses it.
+pub async fn look_at_backing(
     locator: &Locator,
     format: Option<&str>,
     origin: &Arc<dyn Origin>,
     expect: Option<&Pinned>,
     options: &ChainOptions,
     rt: &Rt,
-) -> Result<Pin, FetchError> {
+) -> Result<Looked, FetchError> {
     let refused = |cause: String| FetchError::Permanent { origin: locator.printable(), cause };
-    let own = |error: OpenError| refused(error.to_string());
-    if matches!(locator, Locator::File(_)) || format == Some("raw") {
-        return pin(&**origin, None).map_err(own);
-    }
     let file: Arc<dyn ReadAt> = origin.clone();
     let driver = driver_of(&*file, format).await.map_err(refused)?;
     let description = driver.describe(&file).await.map_err(|error| refused(error.to_string()))?;
-    // Nothing of it will be read.
-    if options.no_backing_files {
-        return pin(&**origin, None).map_err(own);
-    }
-    let Some(place) = files::data_file(locator, &description, options).map_err(own)? else {
-        return pin(&**origin, None).map_err(own);
+    let data = match locator {
+        Locator::Http(_) if !options.no_backing_files => files::data_file(locator, &description, options),
+        // A local image is not pinned, and of one that is to be read alone nothing will be read.
+        _ => Ok(None),
     };
-    let expect = match expect {
-        Some(_) => files::expected_data(&place, expect).map_err(own)?,
+    let data = match data.map_err(|error| refused(error.to_string()))? {
+        Some(place) => {
+            let expect = match expect {
+                Some(_) => {
+                    files::expected_data(&place, expect).map_err(|error| refused(error.to_string()))?
+                }
+                None => None,
+            };
+            let options = OriginOptions { expect, ..options.origin.clone() };
+            Some(readonce_origin::open(&place, &options, rt).await?)
+        }
         None => None,
     };
-    let options = OriginOptions { expect, ..options.origin.clone() };
-    let data = readonce_origin::open(&place, &options, rt).await?;
-    pin(&**origin, Some(&*data)).map_err(own)
+    let pin = pin(&**origin, data.as_deref()).map_err(|error| refused(error.to_string()))?;
+    Ok(Looked { driver, description, pin })
 }

@@ -10,13 +10,11 @@ use std::{
     fs::{DirBuilder, File},
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
-    sync::Arc,
     time::Duration,
 };
 
-use readonce_disk::chain::{ChainOptions, pin_of_backing};
-use readonce_format::driver::Pin;
-use readonce_origin::{FetchError, Locator, Origin, OriginOptions, Reach};
+use readonce_disk::chain::{ChainOptions, Looked, look_at_backing};
+use readonce_origin::{FetchError, Locator, OriginOptions, Reach};
 use readonce_storage::runtime::TokioRuntime;
 use rustix::fs::{FlockOperation, flock};
 
@@ -32,8 +30,8 @@ const PROBE_WITH_IMAGE: Duration = Duration::from_secs(3);
 pub struct Found {
     /// Its path; it may not exist yet if there is an origin.
     pub image: PathBuf,
-    /// The origin, and the version there, if it could be reached.
-    pub origin: Option<(Arc<dyn Origin>, Pin)>,
+    /// What is there now, if an image of it is still to be made.
+    pub looked: Option<Looked>,
     /// What a person should know.
     pub warnings: Vec<String>,
 }
@@ -61,29 +59,42 @@ pub async fn find(
     if !known.is_empty() {
         asked.probe_for = asked.probe_for.min(PROBE_WITH_IMAGE);
     }
+    let rt = TokioRuntime::current();
+    let image = |version: &[u8], len: u64, format: &str| {
+        let version = hash([version, &len.to_le_bytes()].concat());
+        folder.join(format!("{prefix}{version}.{format}"))
+    };
+    let known_as = |version: &[u8], len| {
+        FORMATS.into_iter().map(|format| image(version, len, format)).find(|image| known.contains(image))
+    };
     let asked = ChainOptions { origin: asked, ..options.clone() };
-    match version_now(place, backing_format, &asked).await {
-        Ok((origin, pin)) => {
-            let version = hash([pin.validator.as_slice(), &pin.len.to_le_bytes()].concat());
-            let image = |format: &str| folder.join(format!("{prefix}{version}.{format}"));
-            let there = FORMATS.into_iter().map(image).find(|image| known.contains(image));
-            let image = there.unwrap_or_else(|| image(format));
+    match readonce_origin::open(place, &asked.origin, &rt).await {
+        Ok(origin) => {
             let mut warnings: Vec<String> =
                 origin.notes().iter().map(|note| format!("{}: {note}", place.printable())).collect();
-            if !known.contains(&image)
-                && let Some(old) = known.last()
-            {
+            // An image that pins more than this version has another name: then the file itself must be asked what.
+            if let Some(image) = known_as(&origin.validator(), origin.len()) {
+                return Ok(Found { image, looked: None, warnings });
+            }
+            let looked = look_at_backing(place, backing_format, &origin, None, &asked, &rt)
+                .await
+                .map_err(|error| look::cannot_open(&place.printable(), error))?;
+            let (version, len) = (&looked.pin.validator, looked.pin.len);
+            if let Some(image) = known_as(version, len) {
+                return Ok(Found { image, looked: None, warnings });
+            }
+            if let Some(old) = known.last() {
                 warnings.push(format!(
                     "{place} changed: a new image is begun; that of the old version is still in {}",
                     old.display()
                 ));
             }
-            Ok(Found { image, origin: Some((origin, pin)), warnings })
+            Ok(Found { image: image(version, len, format), looked: Some(looked), warnings })
         }
         Err(error @ FetchError::Away { .. }) => match known.last() {
             Some(image) => Ok(Found {
                 image: image.clone(),
-                origin: None,
+                looked: None,
                 warnings: vec![format!(
                     "{error}; what was read before is used, the rest fails until it is back"
                 )],
@@ -92,18 +103,6 @@ pub async fn find(
         },
         Err(error) => Err(look::cannot_open(&place.printable(), error)),
     }
-}
-
-/// What is there now, and its version.
-pub async fn version_now(
-    place: &Locator,
-    format: Option<&str>,
-    options: &ChainOptions,
-) -> Result<(Arc<dyn Origin>, Pin), FetchError> {
-    let rt = TokioRuntime::current();
-    let origin = readonce_origin::open(place, &options.origin, &rt).await?;
-    let pin = pin_of_backing(place, format, &origin, None, options, &rt).await?;
-    Ok((origin, pin))
 }
 
 /// `$XDG_CACHE_HOME/readonce`, made if it is not there. Its images may hold what credentials were needed for: mode 0700.

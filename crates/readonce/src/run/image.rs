@@ -11,10 +11,10 @@ use std::{
     sync::Arc,
 };
 
-use readonce_disk::chain::{ChainOptions, CopyOnRead, driver_of};
-use readonce_format::driver::{BackingRef, CreateSpec, Pin};
-use readonce_origin::{Locator, Origin};
-use readonce_storage::{LocalFile, ReadAt, local::OpenMode};
+use readonce_disk::chain::{ChainOptions, CopyOnRead, Looked, driver_of, look_at_backing};
+use readonce_format::driver::{BackingRef, CreateSpec};
+use readonce_origin::Locator;
+use readonce_storage::{LocalFile, ReadAt, local::OpenMode, runtime::TokioRuntime};
 
 use super::{Args, cache};
 use crate::{failure::Failure, folders, look, new_image::Keeper};
@@ -86,32 +86,28 @@ async fn in_image(
         ),
         url => url,
     };
-    let now = cache::version_now(&place, args.backing_format.as_deref(), &options)
+    let rt = TokioRuntime::current();
+    let name = place.printable();
+    let origin = readonce_origin::open(&place, &options.origin, &rt)
         .await
-        .map_err(|error| look::cannot_open(&place.printable(), error))?;
-    make(image, keeper, &place, now, args.backing_format.as_deref()).await?;
+        .map_err(|error| look::cannot_open(&name, error))?;
+    let looked = look_at_backing(&place, args.backing_format.as_deref(), &origin, None, &options, &rt)
+        .await
+        .map_err(|error| look::cannot_open(&name, error))?;
+    make(image, keeper, &place, looked).await?;
     args.told.say(format_args!("made {} ({})", image.display(), keeper.name()));
     Ok(Chosen::kept_in(image, options))
 }
 
 /// An image over `place` with copy-on-read, pinned to what is there now.
-async fn make(
-    image: &Path,
-    keeper: Keeper,
-    place: &Locator,
-    (origin, pin): (Arc<dyn Origin>, Pin),
-    format: Option<&str>,
-) -> Result<(), Failure> {
-    let name = place.printable();
-    let file: Arc<dyn ReadAt> = origin.clone();
-    let below = driver_of(&*file, format).await.map_err(|cause| look::cannot_open(&name, cause))?;
-    let description = below.describe(&file).await.map_err(|error| look::cannot_open(&name, error))?;
-    let may_be_filled = matches!(place, Locator::File(_)) && below.name() != "raw";
+async fn make(image: &Path, keeper: Keeper, place: &Locator, below: Looked) -> Result<(), Failure> {
+    let format = below.driver.name();
+    let may_be_filled = matches!(place, Locator::File(_)) && format != "raw";
     let spec = CreateSpec {
-        size: description.virtual_size.next_multiple_of(512),
-        backing: Some(BackingRef { name: place.stored_name(), format: Some(below.name().to_owned()) }),
+        size: below.description.virtual_size.next_multiple_of(512),
+        backing: Some(BackingRef { name: place.stored_name(), format: Some(format.to_owned()) }),
         options: vec![("copy_on_read".to_owned(), None)],
-        pin: (!may_be_filled).then_some(pin),
+        pin: (!may_be_filled).then_some(below.pin),
         data_file: None,
     };
     keeper.create(image, spec).await
@@ -158,13 +154,13 @@ async fn in_cache(
         crate::report::warn(warning);
     }
     let claim = cache::Claim::take(&found.image, &place)?;
-    if let Some(now) = found.origin
+    if let Some(looked) = found.looked
         && std::fs::symlink_metadata(&found.image).is_err()
     {
         // Under another name first: a kill in between leaves no half image under the right one.
         let draft = found.image.with_extension("new");
         let _ = std::fs::remove_file(&draft);
-        make(&draft, keeper, &place, now, args.backing_format.as_deref()).await?;
+        make(&draft, keeper, &place, looked).await?;
         std::fs::rename(&draft, &found.image).map_err(|error| {
             Failure::new(format!("Could not create '{}': {error}", found.image.display()))
         })?;
