@@ -34,6 +34,7 @@ pub struct Base {
 /// The bytes of one layer that does not change.
 pub struct Leaf {
     data: Arc<dyn Origin>,
+    mapper: Arc<dyn Mapper>,
     pub(crate) clusters: Arc<Clusters>,
 }
 
@@ -49,7 +50,7 @@ impl Base {
     /// A layer that `mapper` maps onto `files`, above `backing`.
     pub fn new(mapper: Arc<dyn Mapper>, files: BaseFiles, backing: Option<Arc<dyn Source>>, rt: &Rt) -> Self {
         let clusters = Clusters::new(files.own, mapper.geometry().cluster_size, Arc::clone(rt));
-        let leaf = Arc::new(Leaf { data: files.data, clusters });
+        let leaf = Arc::new(Leaf { data: files.data, mapper: Arc::clone(&mapper), clusters });
         Self { mapper, leaf, backing, backing_end: OnceLock::new() }
     }
 
@@ -131,7 +132,13 @@ impl Leaf {
         sink: Sink<'_>,
     ) -> Result<(), LayerError> {
         let mut shift = |at: u64, bytes| sink(at - from + range.start, bytes);
-        Ok(self.data.fetch(from..from + (range.end - range.start), class, &mut shift).await?)
+        let from = from..from + (range.end - range.start);
+        // Clusters that do not compress lie among those that do, which are read with their neighbours: each would come twice.
+        match self.mapper.names_compressed() {
+            true => self.data.fetch_around(from, class, &mut shift).await?,
+            false => self.data.fetch(from, class, &mut shift).await?,
+        }
+        Ok(())
     }
 
     pub(crate) fn read_now(&self, from: u64, buf: &mut [u8]) -> Option<Result<(), LayerError>> {

@@ -3,7 +3,7 @@
 //! - What a format reads (tables, compressed clusters) comes in aligned blocks of `BLOCK_BYTES`, more of them at a time where
 //!   reads follow each other. So neighbours come along, and a table costs one round trip.
 //! - A fetch of data asks for exactly its range, but for what is kept or on its way already: each byte is asked once while
-//!   it is kept.
+//!   it is kept. Data among compressed clusters is read as they are.
 //! - Readers of one block at the same time share a request. At most `KEPT_BLOCKS_MAX` blocks are kept.
 //!
 //! Not here: retries and versions (the origin), what the bytes mean.
@@ -188,6 +188,22 @@ impl Pieces {
         Ok(())
     }
 
+    async fn fetch_blocks_of(&self, range: Range<u64>, sink: Sink<'_>) -> Result<(), FetchError> {
+        let name = self.origin.name();
+        let mut at = range.start;
+        while at < range.end {
+            let end = range.end.min((at / BLOCK_BYTES + RUN_BLOCKS_MAX) * BLOCK_BYTES);
+            for part in self.ask(&(at..end)) {
+                let bytes = part.bytes(&name).await?;
+                let block_end = (at / BLOCK_BYTES + 1) * BLOCK_BYTES;
+                let (skip, len) = (at % BLOCK_BYTES, end.min(block_end) - at);
+                sink(at, bytes.slice(skip as usize..(skip + len) as usize));
+                at += len;
+            }
+        }
+        Ok(())
+    }
+
     fn check(&self, offset: u64, len: usize) -> io::Result<Range<u64>> {
         match offset.checked_add(len as u64) {
             Some(end) if end <= self.origin.len() => Ok(offset..end),
@@ -301,6 +317,19 @@ impl Origin for Pieces {
         sink: Sink<'a>,
     ) -> BoxFuture<'a, Result<(), FetchError>> {
         Box::pin(self.fetch_range(range, class, sink))
+    }
+
+    fn fetch_around<'a>(
+        &'a self,
+        range: Range<u64>,
+        class: Class,
+        sink: Sink<'a>,
+    ) -> BoxFuture<'a, Result<(), FetchError>> {
+        // A range past the end is the origin's to refuse.
+        match range.end <= self.origin.len() {
+            true => Box::pin(self.fetch_blocks_of(range, sink)),
+            false => self.fetch(range, class, sink),
+        }
     }
 
     fn name(&self) -> String {

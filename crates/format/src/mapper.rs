@@ -124,6 +124,11 @@ pub trait Mapper: Send + Sync + 'static {
     /// The extent at `offset`, reading tables where needed.
     fn lookup(&self, offset: u64, len_max: u64) -> BoxFuture<'_, Result<Extent, FormatError>>;
 
+    /// Whether tables that were read so far name compressed clusters: data may then share sectors' neighbourhoods with them.
+    fn names_compressed(&self) -> bool {
+        false
+    }
+
     /// The room in the data's file that units from `offset` on have, though they may be absent or read as zeros: the byte
     /// offset (`None` without room), and for how many bytes that is so, at least 1 and at most `len_max`. For those who tell
     /// a person; nobody may write there.

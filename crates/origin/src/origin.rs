@@ -75,6 +75,19 @@ pub trait Origin: ReadAt {
         sink: Sink<'a>,
     ) -> BoxFuture<'a, Result<(), FetchError>>;
 
+    /// The same, where what lies around the range will be wanted as well: an origin that keeps what it read may ask for more.
+    ///
+    /// # Errors
+    /// As [`Origin::fetch`].
+    fn fetch_around<'a>(
+        &'a self,
+        range: Range<u64>,
+        class: Class,
+        sink: Sink<'a>,
+    ) -> BoxFuture<'a, Result<(), FetchError>> {
+        self.fetch(range, class, sink)
+    }
+
     /// Name to print: no user, password or signature in it.
     fn name(&self) -> String;
 

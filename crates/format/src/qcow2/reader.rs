@@ -33,6 +33,10 @@ impl Mapper for Reader {
         Box::pin(self.tables.extent(offset, len_max))
     }
 
+    fn names_compressed(&self) -> bool {
+        self.tables.names_compressed()
+    }
+
     fn room(&self, offset: u64, len_max: u64) -> BoxFuture<'_, Result<(Option<u64>, u64), FormatError>> {
         Box::pin(self.tables.room(offset, len_max))
     }

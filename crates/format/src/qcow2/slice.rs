@@ -14,7 +14,10 @@ use std::{
     sync::atomic::{AtomicU64, Ordering, fence},
 };
 
-use super::entry::{COMPRESSED, COPIED, Entry, OFFSET_MASK, Raw, Rules, Units, ZERO, split};
+use super::{
+    entry::{COMPRESSED, COPIED, Entry, OFFSET_MASK, Raw, Rules, Units, ZERO, split},
+    layout::Layout,
+};
 use crate::{
     Extent, FormatError, Mapping, cache,
     number::{bytes, index},
@@ -86,6 +89,12 @@ impl Slice {
             }
         }
         Self { index: slice_index, words: words.into(), version: AtomicU64::new(0), bad }
+    }
+
+    /// Whether an entry describes a compressed cluster.
+    pub(super) fn names_compressed(&self, layout: &Layout) -> bool {
+        let words_each = if layout.extended_l2 { 2 } else { 1 };
+        self.words.iter().step_by(words_each).any(|word| word.load(Ordering::Relaxed) & COMPRESSED != 0)
     }
 
     fn word(&self, at: usize) -> u64 {

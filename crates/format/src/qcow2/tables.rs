@@ -13,7 +13,10 @@
 use std::{
     collections::BTreeMap,
     ops::Range,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use parking_lot::Mutex;
@@ -64,6 +67,8 @@ pub(super) struct Tables {
     slice_span_bits: u32,
     /// Where the file's last cluster is not whole: from the file's end to the cluster's.
     partial: Range<u64>,
+    /// A slice that was read names compressed clusters.
+    compressed: AtomicBool,
 }
 
 /// What only an image that is open for writing has.
@@ -87,7 +92,13 @@ impl Tables {
             writing: OnceLock::new(),
             slice_span_bits: layout.slice_span().trailing_zeros(),
             partial: if layout.external_data { 0..0 } else { file_len..clusters_end },
+            compressed: AtomicBool::new(false),
         }
+    }
+
+    /// Whether a slice that was read, for reading alone, names compressed clusters.
+    pub(super) fn names_compressed(&self) -> bool {
+        self.compressed.load(Ordering::Relaxed)
     }
 
     /// Makes the tables those of an image that is open for writing: reads the L1 table. `metadata` is where all other
@@ -338,9 +349,13 @@ impl Tables {
             }),
             None => {
                 let end = self.partial.end.max(self.rules.file_len);
-                Slice::decode(slice_index, read, &self.rules, sharing, |_, offset| {
+                let slice = Slice::decode(slice_index, read, &self.rules, sharing, |_, offset| {
                     offset.saturating_add(cluster_size) <= end
-                })
+                });
+                if slice.names_compressed(&self.rules.layout) {
+                    self.compressed.store(true, Ordering::Relaxed);
+                }
+                slice
             }
         }
     }
