@@ -42,6 +42,22 @@ pub enum LayerError {
     NotFast,
 }
 
+impl LayerError {
+    /// The failure of a close that had these guest bytes in memory, and nowhere else.
+    pub(crate) fn losing(self, ranges: &[Range<u64>]) -> Self {
+        let with = |text: String| match ranges {
+            [] => text,
+            ranges => format!("{text}; could not save guest bytes {}", in_words(ranges)),
+        };
+        match self {
+            Self::Io(text) => Self::Io(with(text)),
+            Self::NoSpace(text) => Self::NoSpace(with(text)),
+            Self::Latched(text) => Self::Latched(with(text)),
+            other => other,
+        }
+    }
+}
+
 impl From<FormatError> for LayerError {
     fn from(error: FormatError) -> Self {
         match error {
@@ -76,7 +92,28 @@ impl From<LayerError> for DeviceError {
     }
 }
 
+/// Ranges that are told one by one.
+const RANGES_TOLD_MAX: usize = 16;
+
 fn in_words(ranges: &[Range<u64>]) -> String {
-    let words: Vec<_> = ranges.iter().map(|range| format!("{:#x}..{:#x}", range.start, range.end)).collect();
+    let told = ranges.iter().take(RANGES_TOLD_MAX);
+    let mut words: Vec<_> = told.map(|range| format!("{:#x}..{:#x}", range.start, range.end)).collect();
+    if let Some(more) = ranges.len().checked_sub(RANGES_TOLD_MAX).filter(|&more| more > 0) {
+        words.push(format!("and {more} more ranges"));
+    }
     words.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 64 MiB of sectors here and there would be a line of a megabyte in a log.
+    #[test]
+    fn a_few_of_many_ranges_are_told() {
+        let ranges: Vec<_> = (0..40).map(|at| at * 1024..at * 1024 + 512).collect();
+        let text = LayerError::Unsaved { ranges, cause: "away".into() }.to_string();
+        assert!(text.starts_with("could not save guest bytes 0x0..0x200, 0x400..0x600, "), "{text}");
+        assert!(text.ends_with("0x3c00..0x3e00, and 24 more ranges: away"), "{text}");
+    }
 }

@@ -233,7 +233,8 @@ impl Image {
     /// Ends all use: flushes, then closes the image clean. No guest request may be under way.
     ///
     /// # Errors
-    /// `Unsaved` names the guest bytes that could not be saved; the image is closed clean without them.
+    /// `Unsaved` names the guest bytes that could not be saved; the image is closed clean without them. An error of the image names those that
+    /// were in memory alone; what was written and not flushed may be lost with them.
     pub async fn close(&self, wait_max: Duration) -> Result<(), LayerError> {
         let gone = LayerError::NoBacking("the image is being closed".into());
         self.table().abandon_fetches(&gone);
@@ -244,10 +245,10 @@ impl Image {
         self.wait_local().await;
         let unsaved = self.table().guest_ranges();
         let _round = self.rounds.running.lock().await;
-        self.check_latch()?;
+        self.check_latch().map_err(|error| error.losing(&unsaved))?;
         // What the last round unlinked is free before the format closes.
         self.reuse(std::iter::from_fn(|| self.mapper.take_unlinked()).collect()).await;
-        self.check_latch()?;
+        self.check_latch().map_err(|error| error.losing(&unsaved))?;
         if unsaved.is_empty() {
             return self.mapper.close().await.map_err(|error| self.failed(error));
         }
@@ -256,7 +257,7 @@ impl Image {
             self.table().abandon();
             self.wait_local().await;
         }
-        self.mapper.close().await.map_err(|error| self.failed(error))?;
+        self.mapper.close().await.map_err(|error| self.failed(error).losing(&unsaved))?;
         let cause = match completed {
             Ok(Ok(())) => "written during shutdown".to_owned(),
             Ok(Err(error)) => error.to_string(),

@@ -236,6 +236,26 @@ fn a_close_names_what_it_could_not_save() {
     });
 }
 
+/// Told only that writes are off, nobody knows what is to be written again.
+#[test]
+fn a_close_after_a_failed_write_names_what_was_in_memory() {
+    for_kinds(&[QED, QCOW2], |kind| {
+        let world = World::new(Kind { cluster_size: CLUSTER, ..kind }, 11, SIZE);
+        *world.origin.fail_of_256.lock() = 256;
+        let file = Arc::clone(&world.file);
+        world.run(|image| async move {
+            image.write(512, Bytes::from(vec![7; 512])).await.expect("a write does not need the origin");
+            image.write(CLUSTER, Bytes::from(vec![7; CLUSTER as usize])).await.expect("a whole cluster");
+            file.fail_nth(1, Fault::Eio, Lasts::ForGood);
+            let failed = image.write(CLUSTER, Bytes::from(vec![8; CLUSTER as usize])).await;
+            assert!(matches!(failed, Err(LayerError::Io(_))), "{failed:?}");
+            let closed = image.close(Duration::from_secs(60)).await;
+            let Err(LayerError::Latched(text)) = closed else { panic!("{closed:?}") };
+            assert!(text.ends_with("; could not save guest bytes 0x200..0x400"), "{text}");
+        });
+    });
+}
+
 #[test]
 fn a_fill_of_zeros_takes_no_room() {
     for_kinds(&[QED, QCOW2], |kind| {
