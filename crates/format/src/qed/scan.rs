@@ -208,6 +208,17 @@ impl<'a> Chunks<'a> {
         Self { file, table, table_bytes: layout.table_bytes(), at: 0 }
     }
 
+    /// Goes on with the chunk that holds this entry, if it lies ahead.
+    fn skip_to(&mut self, index: u64) {
+        let chunk = index.saturating_mul(ENTRY_BYTES) / CHUNK_BYTES * CHUNK_BYTES;
+        self.at = self.at.max(chunk);
+    }
+
+    /// Index of the first entry of the next chunk.
+    fn index(&self) -> u64 {
+        self.at / ENTRY_BYTES
+    }
+
     /// The next chunk: index of its first entry, and the entries that are not 0 with their index.
     async fn next(&mut self) -> Option<Result<Vec<(u64, u64)>, std::io::Error>> {
         let left = self.table_bytes.checked_sub(self.at).filter(|&left| left > 0)?;
@@ -276,8 +287,11 @@ pub(super) async fn scan(
         tokio::task::yield_now().await;
     }
 
+    // Only the parts that name a table: an L1 table may be 1 GiB of nothing.
     let mut l1 = Chunks::new(file, layout, layout.l1_offset);
-    while let Some(chunk) = l1.next().await {
+    while let Some(next) = good.next_set(l1.index()) {
+        l1.skip_to(next);
+        let Some(chunk) = l1.next().await else { break };
         let Ok(chunk) = chunk else {
             // Counted in the first walk already, unless this read alone failed.
             scanned.check_errors = scanned.check_errors.max(1);
