@@ -2,11 +2,12 @@
 
 use std::process::ExitCode;
 
-use readonce_format::driver::{HeaderChange, drivers};
+use readonce_format::driver::{HeaderChange, driver, drivers};
 
 use crate::{
+    create::help_line,
     failure::{Failure, Outcome},
-    look, options,
+    look, options, stdout,
 };
 
 /// Change what an image does when it is used: copy_on_read
@@ -30,11 +31,31 @@ pub struct Args {
 /// Options that images have, but drivers do not name.
 const OTHERS: [&str; 4] = ["size", "backing_file", "backing_fmt", "data_file"];
 
+/// Lists what can change in images of a format, which is told from the image where it is not said.
+async fn help(args: &Args) -> Outcome {
+    let format = match (&args.format, args.images.as_slice()) {
+        (Some(format), _) => format.clone(),
+        (None, []) => return Err(Failure::usage("amend", "Expecting one image file name")),
+        (None, [image, ..]) => look::hold(image, None).await?.description.format.to_owned(),
+    };
+    let Some(driver) = driver(&format) else {
+        return Err(Failure::new(format!("Unknown file format '{format}'")));
+    };
+    let Some(option) = driver.create_options().iter().find(|option| option.name == "copy_on_read") else {
+        return Err(Failure::new(format!("Format driver '{format}' does not support option amendment")));
+    };
+    stdout::print(format_args!("Amend options for '{format}':\n  {}\n", help_line(option.name, option.help)));
+    Ok(ExitCode::SUCCESS)
+}
+
 /// Runs it.
 pub async fn run(args: Args) -> Outcome {
     let pairs = options::pairs(args.options.iter().map(String::as_str));
     if pairs.is_empty() {
         return Err(Failure::usage("amend", "Must specify options (-o)"));
+    }
+    if pairs.iter().any(|(name, _)| name == "help" || name == "?") {
+        return help(&args).await;
     }
     let image = look::one_image("amend", &args.images)?;
     let known: Vec<&str> =

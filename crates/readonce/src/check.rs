@@ -18,6 +18,8 @@ use crate::{
     report, stdout,
 };
 
+/// QEMU's cache modes.
+const CACHE_MODES: [&str; 6] = ["none", "off", "directsync", "writeback", "writethrough", "unsafe"];
 const EXIT_CORRUPT: u8 = 2;
 const EXIT_LEAKS: u8 = 3;
 const EXIT_UNSUPPORTED: u8 = 63;
@@ -39,6 +41,9 @@ pub struct Args {
     /// Mend: leaks frees clusters that nothing points to, all mends everything
     #[arg(short = 'r', long, value_name = "leaks|all")]
     repair: Option<String>,
+    /// Taken for qemu-img's sake: a check goes through the page cache
+    #[arg(short = 'T', value_name = "CACHE")]
+    cache: Option<String>,
     /// human or json
     #[arg(long, value_name = "FORMAT", default_value = "human")]
     output: String,
@@ -65,6 +70,9 @@ pub async fn run(args: Args) -> Outcome {
             ));
         }
     };
+    if let Some(cache) = args.cache.as_deref().filter(|cache| !CACHE_MODES.contains(cache)) {
+        return Err(Failure::new(format!("Invalid source cache option: {cache}")));
+    }
     let output = look::output("check", &args.output)?;
     let image = look::one_image("check", &args.images)?;
     let checked = match repair {

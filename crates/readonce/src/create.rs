@@ -26,6 +26,7 @@ use readonce_storage::{
     ImageLock, LocalFile, Rt, Storage, local::OpenMode, lock::Access, runtime::TokioRuntime,
 };
 
+pub use self::wanted::help_line;
 use self::{
     rehearsal::Rehearsal,
     wanted::{Wanted, announcement, help},
@@ -77,7 +78,7 @@ pub async fn run(args: Args) -> Outcome {
     let driver = readonce_format::driver::driver(&args.format);
     if pairs.iter().any(|(name, _)| name == "help" || name == "?") {
         let driver = driver.ok_or_else(|| Failure::new(format!("Unknown file format '{}'", args.format)))?;
-        stdout::print(help(driver));
+        stdout::print(help(driver, !args.words.is_empty()));
         return Ok(ExitCode::SUCCESS);
     }
     let (image, size) = match args.words.as_slice() {

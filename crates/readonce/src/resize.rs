@@ -43,6 +43,9 @@ pub struct Args {
     /// Asked for by qemu-img before it makes an image smaller; here images cannot be made smaller
     #[arg(long)]
     shrink: bool,
+    /// off: space for the new part is taken when it is written; nothing else is supported
+    #[arg(long, value_name = "PREALLOC", default_value = "off", hide_default_value = true)]
+    preallocation: String,
     /// Print errors only
     #[arg(short = 'q', long)]
     quiet: bool,
@@ -73,6 +76,9 @@ pub async fn run(args: Args) -> Outcome {
     let [image, size] = args.words.as_slice() else {
         return Err(Failure::usage("resize", "Expecting image file name and size"));
     };
+    if args.preallocation != "off" {
+        return Err(Failure::new(format!("Unsupported preallocation mode '{}'", args.preallocation)));
+    }
     let relative = size.starts_with(['+', '-']);
     let amount = options::parameter_size("size", size.trim_start_matches(['+', '-']))?;
     let held = look::hold(image, args.format.as_deref()).await?;

@@ -160,20 +160,31 @@ fn default(name: &str) -> Option<&'static str> {
     }
 }
 
-/// What `-o help` prints.
-pub fn help(driver: &dyn Driver) -> String {
+/// What `-o help` prints. Options of the file system are there where an image is named, as in qemu-img.
+pub fn help(driver: &dyn Driver, is_named: bool) -> String {
     let own = driver.create_options().iter().map(|option| (option.name, option.help));
-    let all: BTreeMap<&str, &str> = own.chain(common(driver)).collect();
-    let mut text = format!("Supported {} options:\n", driver.name());
+    let all: BTreeMap<&str, &str> =
+        own.chain(common(driver)).filter(|&(name, _)| is_named || name != "nocow").collect();
+    let mut text = match is_named {
+        true => "Supported options:\n".to_owned(),
+        false => format!("Supported {} options:\n", driver.name()),
+    };
     for (name, help) in all {
-        let kind = match kind(name) {
-            Kind::Text => "<str>",
-            Kind::Number => "<num>",
-            Kind::Size => "<size>",
-            Kind::Switch => "<bool (on/off)>",
-        };
-        let left = format!("{name}={kind}");
-        let _ = writeln!(text, "  {left:<22} - {help}");
+        let _ = writeln!(text, "  {}", help_line(name, help));
+    }
+    if !is_named {
+        text += "\nThe protocol level may support further options.\nSpecify the target filename to include those options.\n";
     }
     text
+}
+
+/// An option, the kind of its value, and what it is for.
+pub fn help_line(name: &str, help: &str) -> String {
+    let kind = match kind(name) {
+        Kind::Text => "<str>",
+        Kind::Number => "<num>",
+        Kind::Size => "<size>",
+        Kind::Switch => "<bool (on/off)>",
+    };
+    format!("{:<22} - {help}", format!("{name}={kind}"))
 }

@@ -188,3 +188,39 @@ async fn rebase_never_mixes(format: &str) {
     assert_eq!(info(at, "filled.img").get("backing-filename"), None);
     qemu_img(at, &["check", "filled.img"]).ok();
 }
+
+/// A person who does not know what can change, or what a script of qemu-img's passes, is not to be told that it is wrong.
+#[test]
+fn help_and_words_that_change_nothing_are_taken() {
+    let at = folder();
+    let at = at.path();
+    for format in ["qed", "qcow2"] {
+        readonce(at, &["create", "-q", "-f", format, "a.img", "1M"]).ok();
+        for words in [&["-f", format][..], &["a.img"]] {
+            let told = readonce(at, &[&["amend", "-o", "help"], words].concat()).ok().out;
+            assert!(
+                told.starts_with(&format!("Amend options for '{format}':\n  copy_on_read=<bool")),
+                "{told}"
+            );
+        }
+        readonce(at, &["check", "-T", "none", "a.img"]).ok();
+        readonce(at, &["check", "-T", "some", "a.img"]).fails(1, "Invalid source cache option: some");
+        readonce(at, &["resize", "--preallocation=off", "a.img", "2M"]).ok();
+        readonce(at, &["resize", "--preallocation=full", "a.img", "3M"])
+            .fails(1, "Unsupported preallocation mode 'full'");
+        for words in
+            [&["create", "-f", format, "-o", "help"][..], &["create", "-f", format, "-o", "help", "a.img"]]
+        {
+            let (ours, theirs) = (readonce(at, words).ok().out, qemu_img(at, words).ok().out);
+            let ours: Vec<&str> = ours.lines().filter(|line| !line.contains("copy_on_read")).collect();
+            // Neither encryption nor what the file would be told of.
+            let not_ours = ["encrypt", "extent_size_hint"];
+            let qed_file = |line: &str| format == "qed" && line.contains("preallocation");
+            let theirs: Vec<&str> = theirs
+                .lines()
+                .filter(|line| !not_ours.iter().any(|name| line.contains(name)) && !qed_file(line))
+                .collect();
+            assert_eq!(ours, theirs, "{words:?}");
+        }
+    }
+}

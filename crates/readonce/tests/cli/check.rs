@@ -153,6 +153,11 @@ fn what_is_wrong_in_a_qed_image_is_named() {
             word(l2),
             format!("ERROR L2 entry 1 {table} 0x10000) is {:#x}: that cluster is in use already\n", word(l2)),
         ),
+        (
+            l2 + 16,
+            l2,
+            format!("ERROR L2 entry 2 {table} 0x20000) is {l2:#x}: that cluster is in use already\n"),
+        ),
         (l1, 1, "ERROR L1 entry 0 is 0x1: no L2 table can lie there\n".to_owned()),
         (l1 + 8, l2, format!("ERROR L1 entry 1 is {l2:#x}: 4 clusters of that table are in use already\n")),
         (l2, 0, format!("Leaked cluster {}\n", word(l2) >> 16)),
