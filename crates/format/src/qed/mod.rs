@@ -4,7 +4,7 @@
 //! - `slice`, `tables`: the tables in memory; `reader`: an image open for reading.
 //! - `writer`: an image open for writing; `links`: what is linked in memory and not yet on disk,
 //!   `flush`: how it gets there, `mark`: NEED_CHECK, `reclaim`: what a crash left.
-//! - `create`, `change`: a new image, a changed header. `scan`, `check`, `repair`: an image as a whole.
+//! - `create`, `change`: a new image, a changed header. `scan`, `check`, `repair` with `move_l1`: an image as a whole.
 //!
 //! Extensions that the specification leaves room for, and that QEMU keeps or clears by the rules for unknown bits: compat bit
 //! 0x01, copy-on-read is the image's default; compat bit 0x02 or 0x04 with autoclear bit 0x01, a pin (`record`).
@@ -17,6 +17,7 @@ mod header;
 mod layout;
 mod links;
 mod mark;
+mod move_l1;
 mod reader;
 mod reclaim;
 mod record;

@@ -7,7 +7,7 @@
 //!   double the file; what is left beyond that stays counted as corrupt.
 //! - Leaks are freed by moving the file's last clusters into the holes, and cutting the file. A table moves only into a
 //!   hole as long as itself; where there is none, one is made by moving what lies there to the end of the file. The L1
-//!   table never moves.
+//!   table moves only where another program put it elsewhere than behind the header, and holes stay else (`move_l1`).
 //!
 //! Every move is copy, sync, relink, sync: a crash leaves the old reference or the new one, both good. An entry is
 //! rewritten in one sector. A cluster that a move vacates is used again only after the second sync.
@@ -16,6 +16,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ops::Range,
     sync::Arc,
 };
 
@@ -27,6 +28,7 @@ use super::{
     check::{count, tell_leaks},
     header::{FEATURE_NEED_CHECK, Header},
     layout::Layout,
+    move_l1::move_l1,
     scan::{Beyond, Bitmap, Place, Scanned, Wrong, scan},
 };
 use crate::{
@@ -51,8 +53,8 @@ pub(super) async fn repair(
     what: Repair,
     tell: Tell<'_>,
 ) -> Result<CheckReport, FormatError> {
-    let header = Header::read(file.as_ref()).await?;
-    let layout = header.layout;
+    let mut header = Header::read(file.as_ref()).await?;
+    let mut layout = header.layout;
     let (mut report, scanned) = count(file.as_ref(), &layout, tell).await?;
     if report.leaks > 0 {
         tell_leaks(file.len(), &layout, &scanned, tell);
@@ -70,7 +72,10 @@ pub(super) async fn repair(
     // While two entries use one cluster, moving it for one of them would not be right for the other.
     if report.corruptions == 0 && report.leaks > 0 {
         let leaks = report.leaks;
-        compact(file, &layout).await?;
+        if !compact(file, &layout).await? && free_l1(file, &mut header).await? {
+            layout = header.layout;
+            compact(file, &layout).await?;
+        }
         report = count(file.as_ref(), &layout, &mut |_| {}).await?.0;
         leaks_fixed = leaks.saturating_sub(report.leaks);
     }
@@ -93,6 +98,15 @@ pub(super) async fn repair(
     report.corruptions_fixed = corruptions_fixed;
     report.leaks_fixed = leaks_fixed;
     Ok(report)
+}
+
+/// Moves the L1 table out of the way of holes, where there is space for that; says whether it moved.
+async fn free_l1(file: &Arc<dyn Storage>, header: &mut Header) -> Result<bool, FormatError> {
+    let l1 = header.layout.l1_offset;
+    match move_l1(file, header).await {
+        Ok(_) | Err(FormatError::NoSpace(_)) => Ok(header.layout.l1_offset != l1),
+        Err(error) => Err(error),
+    }
 }
 
 /// One unit (a data cluster or an L2 table) that is to lie elsewhere.
@@ -119,20 +133,52 @@ fn unit_clusters(layout: &Layout, place: &Place) -> u64 {
     }
 }
 
+/// Copies bytes inside the file. Not synced.
+pub(super) async fn copy_bytes(
+    file: &Arc<dyn Storage>,
+    from: u64,
+    to: u64,
+    len: u64,
+) -> Result<(), FormatError> {
+    let mut done = 0;
+    while done < len {
+        let piece = (len - done).min(COPY_BYTES);
+        let copied = file.read(from + done, index(piece)).await?;
+        if copied.iter().all(|&byte| byte == 0) {
+            file.write_zeroes(to + done, piece).await?;
+        } else {
+            file.write(to + done, copied).await?;
+        }
+        done += piece;
+    }
+    Ok(())
+}
+
+/// Moves the units that reach into a range of the file, a few clusters long, to the file's end.
+pub(super) async fn move_units_away(
+    file: &Arc<dyn Storage>,
+    layout: &Layout,
+    range: Range<u64>,
+) -> Result<(), FormatError> {
+    let cluster_size = layout.cluster_size;
+    let mut owners = owners(file, layout, range.start / cluster_size, range.end / cluster_size).await?;
+    while let Some((at, place)) = owners.pop_first() {
+        let unit = Move { place, from: at * cluster_size, to: layout.whole_clusters_end(file.len()) };
+        move_units(file, layout, &[unit]).await?;
+        if let Place::L1(moved) = place {
+            relocate(&mut owners, moved, unit.to);
+        }
+    }
+    Ok(())
+}
+
 /// Copies units and relinks them. Nothing may use what `to` names.
 async fn move_units(file: &Arc<dyn Storage>, layout: &Layout, moves: &[Move]) -> Result<(), FormatError> {
     if moves.is_empty() {
         return Ok(());
     }
     for unit in moves {
-        let len = unit.len(layout);
-        let mut done = 0;
-        while done < len {
-            let piece = (len - done).min(COPY_BYTES);
-            let copied = file.read(unit.from + done, index(piece)).await?;
-            file.write(unit.to + done, copied).await?;
-            done += piece;
-        }
+        copy_bytes(file, unit.from, unit.to, unit.len(layout)).await?;
     }
     file.sync().await?;
     for unit in moves {

@@ -302,3 +302,84 @@ fn damage_that_stays_keeps_the_mark() {
         assert_eq!(check(&file).await.corruptions, 0);
     });
 }
+
+/// The same image with `gap` free clusters between the header and the L1 table.
+fn with_gap(bytes: &[u8], table_bytes: u64, gap: u64) -> Vec<u8> {
+    let shift = gap * CLUSTER;
+    let mut moved = bytes.to_vec();
+    put(&mut moved, 32, 0);
+    put(&mut moved, 40, CLUSTER + shift);
+    for l1_entry in (CLUSTER..CLUSTER + table_bytes).step_by(8) {
+        let table = entry(bytes, l1_entry);
+        if table == 0 {
+            continue;
+        }
+        put(&mut moved, l1_entry, table + shift);
+        for l2_entry in (table..table + table_bytes).step_by(8) {
+            let place = entry(bytes, l2_entry);
+            if place > 1 {
+                put(&mut moved, l2_entry, place + shift);
+            }
+        }
+    }
+    let behind_header = CLUSTER as usize;
+    moved.splice(behind_header..behind_header, vec![0x77; shift as usize]);
+    moved
+}
+
+/// The same image with its L1 table behind all else, and what it left unused.
+fn with_l1_at_end(bytes: &[u8], table_bytes: u64) -> Vec<u8> {
+    let mut moved = bytes.to_vec();
+    put(&mut moved, 32, 0);
+    put(&mut moved, 40, bytes.len() as u64);
+    let l1 = CLUSTER as usize..(CLUSTER + table_bytes) as usize;
+    moved.extend_from_slice(&bytes[l1.clone()]);
+    moved[l1].fill(0x77);
+    moved
+}
+
+/// An image of another program kept its holes before the L1 table for ever, and every check said that it leaks.
+#[test]
+fn holes_before_the_l1_table_go() {
+    let shape = Shape { table_size: 2, size: 24 << 20, ..SMALL };
+    let table_bytes = 2 * CLUSTER;
+    let (bytes, model) = block_on(async {
+        let (file, mut guest) = Guest::new(&shape).await;
+        guest.write(0, 40).await.unwrap();
+        guest.write((5 << 20) / 512, 16).await.unwrap();
+        guest.mapper.close().await.unwrap();
+        guest.model.flushed();
+        (file.contents(), guest.model)
+    });
+    for foreign in [
+        with_gap(&bytes, table_bytes, 1),
+        with_gap(&bytes, table_bytes, 2),
+        with_gap(&bytes, table_bytes, 30),
+        with_l1_at_end(&bytes, table_bytes),
+    ] {
+        for n in 1.. {
+            let more = block_on(async {
+                let file = Arc::new(SimFile::from_bytes(&foreign));
+                let (corruptions, leaks) = wrong(&file).await;
+                assert!(corruptions == 0 && leaks > 0, "the test needs holes alone");
+                reads_as(&file, &model, "as made").await;
+                let storage: Arc<dyn Storage> = file.clone();
+                file.fail_nth(n, Fault::Eio, Lasts::ForGood);
+                let result = qed().repair(&storage, Repair::Leaks).await;
+                for seed in 0..4 {
+                    let crashed = Arc::new(file.crash(n * 10 + seed));
+                    let context = format!("n {n} seed {seed}");
+                    reads_as(&crashed, &model, &context).await;
+                    let report = repair(&crashed, Repair::Leaks).await;
+                    assert_eq!((report.corruptions, report.leaks), (0, 0), "{context}");
+                    assert_eq!(crashed.len(), bytes.len() as u64, "{context}");
+                    reads_as(&crashed, &model, &context).await;
+                }
+                result.is_err() || file.fault_hits() > 0
+            });
+            if !more {
+                break;
+            }
+        }
+    }
+}
