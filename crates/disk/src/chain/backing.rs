@@ -119,7 +119,7 @@ impl Step {
             let driver = driver_of(&*file, self.format.as_deref()).await.map_err(failed)?;
             let description = driver.describe(&file).await.map_err(|error| failed(error.to_string()))?;
             let mapper = driver.open(file).await.map_err(|error| failed(error.to_string()))?;
-            let backing = self.next(shared, &description, None)?;
+            let backing = self.next(shared, &description, None).await?;
             let (files, data_lock) =
                 files::for_reading(shared, &self.locator, origin, &description, self.expect.as_ref()).await?;
             shared.opened(name.clone(), driver.name(), false);
@@ -166,7 +166,7 @@ impl Step {
             .open_writable(Arc::clone(&storage), data.clone(), Arc::clone(&shared.rt))
             .await
             .map_err(|error| failed(error.to_string()))?;
-        let backing = self.next(shared, &description, at_hand)?;
+        let backing = self.next(shared, &description, at_hand).await?;
         shared.opened(name.clone(), driver.name(), true);
         shared.locks.lock().extend(std::iter::once(lock).chain(data_lock));
         let options = ImageOptions { copy_on_read: true, ..ImageOptions::default() };
@@ -189,7 +189,7 @@ impl Step {
         let Some(backing) = description.backing.clone().filter(|_| description.pin.is_none()) else {
             return Ok(None);
         };
-        let mut step = Step::down(shared, &self.locator, description, &backing, &self.above)?;
+        let mut step = Step::down(shared, &self.locator, description, &backing, &self.above)?.probed().await;
         if !step.can_be_pinned() || step.is_refused(shared) {
             return Ok(None);
         }
@@ -208,6 +208,18 @@ impl Step {
         Ok(pin)
     }
 
+    /// Finds out the format of a local file whose name in the image above has none: a raw one is pinned. What cannot be read is told by
+    /// who opens it.
+    pub(super) async fn probed(mut self) -> Self {
+        if let (Locator::File(path), None) = (&self.locator, &self.format)
+            && let Ok(file) = LocalFile::open(path, OpenMode::Read)
+            && let Ok(driver) = driver_of(&file, None).await
+        {
+            self.format = Some(driver.name().to_owned());
+        }
+        self
+    }
+
     /// Offline, what could have changed is not asked; a local image shows what it holds.
     pub(super) fn is_refused(&self, shared: &Shared) -> bool {
         shared.options.on_change == OnChange::Offline && self.can_be_pinned()
@@ -221,14 +233,14 @@ impl Step {
         }
     }
 
-    fn next(
+    async fn next(
         &self,
         shared: &Arc<Shared>,
         description: &Description,
         at_hand: Option<AtHand>,
     ) -> Result<Option<Arc<dyn Source>>, OpenError> {
         let Some(backing) = &description.backing else { return Ok(None) };
-        let down = Step::down(shared, &self.locator, description, backing, &self.above)?;
+        let down = Step::down(shared, &self.locator, description, backing, &self.above)?.probed().await;
         let step = Step { at_hand, ..down };
         if step.is_refused(shared) {
             return Ok(Some(offline(&self.locator)));

@@ -220,7 +220,7 @@ impl Opening {
         let mut at_hand = None;
         if let (false, Some(backing)) = (self.options().no_backing_files, &description.backing) {
             let repin = self.options().on_change == OnChange::Repin;
-            let mut step = Step::down(&self.shared, &self.locator, description, backing, &[])?;
+            let mut step = Step::down(&self.shared, &self.locator, description, backing, &[])?.probed().await;
             let may_ask = step.can_be_pinned() && !step.is_refused(&self.shared);
             if may_ask && (description.pin.is_none() || repin) {
                 let pinned = step.expect.take();
@@ -283,7 +283,7 @@ impl Opening {
         if self.options().no_backing_files {
             return Ok(Some(refused(format!("{name}: backing files are off (--no-backing-files)"))));
         }
-        let down = Step::down(&self.shared, &self.locator, description, backing, &[])?;
+        let down = Step::down(&self.shared, &self.locator, description, backing, &[])?.probed().await;
         let step = Step { at_hand, ..down };
         if step.is_refused(&self.shared) {
             return Ok(Some(offline(&self.locator)));

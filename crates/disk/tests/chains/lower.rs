@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use readonce_disk::chain::{ChainOptions, OnChange};
+use readonce_format::driver::{BackingRef, HeaderChange, driver};
+use readonce_storage::{LocalFile, OpenMode, Storage};
 use readonce_testkit::{Content, Fault, When};
 
 use super::place::{CLUSTER, LONG, Place, above, clusters, content, filled_from, impatient, options, serve};
@@ -84,6 +86,31 @@ async fn an_image_made_of_local_files_can_be_served() {
     let opened = super::place::open(&origin.url_of("/i/a.qed"), read_only).await.expect("it opens");
     let read = opened.try_read(clusters(1..2)).await.expect("the same file, elsewhere");
     assert!(read == base.bytes(clusters(1..2)));
+}
+
+/// Its fills came from a version that nobody remembered: that the file had another length since was not seen.
+#[tokio::test]
+async fn a_raw_file_that_is_told_by_its_bytes_is_pinned() {
+    for name in ["top.qed", "top.qcow2"] {
+        let place = Place::new();
+        place.raw("base.raw", &content(1, SIZE).bytes(0..SIZE));
+        place.create(name, filled_from("base.raw", "raw", SIZE)).await;
+        let file = LocalFile::open(place.path(name), OpenMode::ReadWrite).expect("it is there");
+        let file: std::sync::Arc<dyn Storage> = std::sync::Arc::new(file);
+        let backing = BackingRef { name: "base.raw".into(), format: None };
+        let format = name.rsplit('.').next().and_then(driver).expect("known");
+        format.change(&file, &HeaderChange::Backing(Some(backing), None)).await.expect("room");
+        drop(file);
+        let opened = place.open(name, options()).await;
+        opened.read(clusters(0..1)).await;
+        opened.close().await;
+        assert!(place.describe(name).await.pin.is_some(), "{name}");
+        place.raw("base.raw", &content(2, 2 * SIZE).bytes(0..2 * SIZE));
+        let opened = place.open(name, options()).await;
+        let error = opened.try_read(clusters(1..2)).await.expect_err("another file").to_string();
+        assert!(error.contains("length was"), "{error}");
+        opened.close().await;
+    }
 }
 
 /// While nobody answers, readers share an attempt: were each to make its own in turn, the last of many would wait for all.

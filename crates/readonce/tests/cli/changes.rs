@@ -3,13 +3,8 @@
 use std::path::Path;
 
 use readonce_testkit::Content;
-use serde_json::Value;
 
-use crate::common::{ORIGIN_BYTES, folder, origin, qemu_img, qemu_io, readonce};
-
-fn info(folder: &Path, image: &str) -> Value {
-    serde_json::from_str(&readonce(folder, &["info", "--output=json", image]).ok().out).expect("JSON")
-}
+use crate::common::{ORIGIN_BYTES, folder, info, origin, qemu_img, qemu_io, readonce};
 
 #[test]
 fn amend_turns_copy_on_read_on_and_off() {

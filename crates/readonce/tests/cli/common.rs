@@ -60,6 +60,11 @@ pub fn readonce(folder: &Path, arguments: &[&str]) -> Ran {
     ran(command(folder).args(arguments))
 }
 
+/// What `info` says of an image.
+pub fn info(folder: &Path, image: &str) -> serde_json::Value {
+    serde_json::from_str(&readonce(folder, &["info", "--output=json", image]).ok().out).expect("JSON")
+}
+
 /// Runs one of QEMU's tools.
 pub fn qemu(tool: &str, folder: &Path, arguments: &[&str]) -> Ran {
     ran(qemu_command(tool).current_dir(folder).args(arguments))

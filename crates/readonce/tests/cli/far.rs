@@ -1,8 +1,13 @@
-//! Images that lie behind a URL, as clouds publish them: qcow2 with a data file beside it.
+//! Images that lie behind a URL, as clouds publish them: compressed, with a data file beside them, under long names.
 
 use readonce_testkit::{Content, Fault, FaultyOrigin, OriginSpec, When};
 
-use crate::common::{folder, qemu_img, readonce};
+use std::{path::Path, process::Command};
+
+use crate::{
+    common::{Serving, folder, info, qemu, qemu_img, readonce},
+    webserver::Nginx,
+};
 
 const BYTES: u64 = 1 << 20;
 
@@ -68,4 +73,85 @@ async fn a_data_file_is_used_pinned_and_told() {
     assert!(told.err.replace('\'', "").contains(&missing), "{told:?}");
     readonce(at, &["io", "-r", "--no-backing-files", "-c", "read 0 512", &url])
         .fails(1, "--no-backing-files");
+}
+
+/// An ext4 file system of real files: this workspace's, and the first bytes of this program.
+fn root(at: &Path) {
+    let tree = at.join("tree");
+    std::fs::create_dir(&tree).expect("room");
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("crates");
+    let copied = Command::new("cp").args(["-r", "--"]).arg(sources).arg(tree.join("src")).status();
+    assert!(copied.is_ok_and(|status| status.success()));
+    let program = std::fs::read(std::env::current_exe().expect("this program")).expect("it runs");
+    std::fs::create_dir(tree.join("bin")).expect("room");
+    std::fs::write(tree.join("bin/program"), &program[..program.len().min(8 << 20)]).expect("room");
+    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let made = Command::new("mke2fs")
+        .env("PATH", path)
+        .args(["-q", "-t", "ext4", "-d", "tree", "root.raw", "48M"])
+        .current_dir(at)
+        .status()
+        .expect("mke2fs is installed (Debian: apt install e2fsprogs)");
+    assert!(made.success());
+}
+
+/// As a cloud's image is used: compressed, from a web server, read by a real client through an image that keeps it.
+#[test]
+fn a_compressed_root_file_system_from_a_web_server_is_what_it_was() {
+    let (folder, web) = (folder(), folder());
+    let at = folder.path();
+    root(at);
+    let nginx = Nginx::start(web.path());
+    for codec in ["zlib", "zstd"] {
+        let served = web.path().join(codec);
+        let served = served.to_str().expect("text");
+        let option = format!("compression_type={codec}");
+        qemu_img(at, &["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", &option, "root.raw", served]).ok();
+        let url = format!("http://127.0.0.1:{}/{codec}", nginx.port);
+        let over = ["create", "-q", "-f", "qcow2", "-o", "copy_on_read", "-b", &url, "-F", "qcow2"];
+        readonce(at, &[&over[..], &["c.img"]].concat()).ok();
+        let serving = Serving::start(at, &["-k", "s", "c.img"]);
+        for client in [&["qemu-img", "convert", "-f", "raw", "-O", "raw"][..], &["nbdcopy"]] {
+            qemu(client[0], at, &[&client[1..], &[&serving.uri, "out.raw"]].concat()).ok();
+            qemu_img(at, &["compare", "-f", "raw", "-F", "raw", "root.raw", "out.raw"]).ok();
+            std::fs::remove_file(at.join("out.raw")).expect("made");
+        }
+        assert_eq!(serving.end_by(libc::SIGTERM).code, Some(0));
+        // All of it is kept: what QEMU reads without the server is the same.
+        readonce(at, &["rebase", "-u", "-b", "", "c.img"]).ok();
+        qemu_img(at, &["check", "c.img"]).ok();
+        qemu_img(at, &["compare", "-f", "qcow2", "-F", "raw", "c.img", "root.raw"]).ok();
+        std::fs::remove_file(at.join("c.img")).expect("made");
+    }
+}
+
+/// The header holds 1023 bytes of a name; a signed or deep URL is longer, and was pinned under the name that it begins with.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_url_longer_than_the_header_holds_is_kept_whole() {
+    let folder = folder();
+    let at = folder.path();
+    let plain = Content::seeded(6, BYTES);
+    let origin = FaultyOrigin::start(OriginSpec::new(plain.clone())).await.expect("a port");
+    std::fs::write(at.join("plain.raw"), plain.bytes(0..BYTES)).expect("room");
+    let named = |letters: usize| origin.url_of(&format!("/{}/disk.raw", "x".repeat(letters)));
+    let create = |url: &str, name: &str| {
+        readonce(at, &["create", "-q", "-f", "qcow2", "-o", "copy_on_read", "-b", url, "-F", "raw", name])
+    };
+    let (long, longer) = (named(1200), named(3000));
+    create(&long, "c.qcow2").ok();
+    assert_eq!(info(at, "c.qcow2")["full-backing-filename"], long.as_str());
+    readonce(at, &["io", "-c", "read 0 256k", "c.qcow2"]).ok();
+    let pin = info(at, "c.qcow2")["readonce"]["pin"].clone();
+    assert!(pin["validator"].is_string(), "{pin}");
+    readonce(at, &["rebase", "-u", "-b", &longer, "-F", "raw", "c.qcow2"]).ok();
+    assert_eq!(info(at, "c.qcow2")["full-backing-filename"], longer.as_str());
+    assert_eq!(info(at, "c.qcow2")["readonce"]["pin"], pin);
+    origin.clear_log();
+    readonce(at, &["io", "-c", "read 0 1M", "c.qcow2"]).ok();
+    assert!(!origin.log().is_empty() && origin.log().iter().all(|entry| longer.ends_with(&entry.target)));
+    readonce(at, &["rebase", "-u", "-b", "", "c.qcow2"]).ok();
+    qemu_img(at, &["check", "c.qcow2"]).ok();
+    qemu_img(at, &["compare", "-f", "qcow2", "-F", "raw", "c.qcow2", "plain.raw"]).ok();
+    create(&named(4095), "x.qcow2").fails(1, "at most 1023 fit, or 4095 of a URL");
+    assert!(!at.join("x.qcow2").exists());
 }

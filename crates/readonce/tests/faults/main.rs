@@ -19,6 +19,8 @@ mod ending;
 mod nginx;
 mod server;
 mod space;
+#[path = "../cli/webserver.rs"]
+mod webserver;
 
 /// How often: a few times on each change, many times when there is time.
 fn rounds(short: u64, long: u64) -> u64 {
