@@ -10,11 +10,12 @@ use rand::{Rng, SeedableRng, rngs::SmallRng};
 use readonce_disk::{Disk, ImageOptions, Top, inflight::Budgets};
 use readonce_storage::{SimFile, Storage};
 use support::{
+    chain::Below,
     exec::Exec,
     guest::Guest,
     model::Model,
-    origin::{SECTOR, SimOrigin, stamp_of},
-    world::{KINDS, Kind, Leaks, QED, raw_over},
+    origin::{SECTOR, stamp_of},
+    world::{KINDS, Kind, Leaks, QED},
 };
 
 #[derive(Debug, Clone, Copy)]
@@ -63,19 +64,17 @@ impl World {
     }
 }
 
-fn run(seed: u64) {
-    let world = World::draw(seed);
+fn run(world: World, below: &Below) {
+    let seed = world.seed;
     let model = Arc::new(Mutex::new(Model::new(world.size, world.backing_len)));
     let stamps = Arc::new(Mutex::new(0));
     let mut rng = SmallRng::seed_from_u64(seed ^ 0x5eed);
     let mut file = Arc::new(SimFile::new());
     for epoch in 0..world.epochs {
         let exec = Exec::new(rng.random());
-        let origin = SimOrigin::new(world.backing_len, exec.rt(), 200);
-        *origin.fail_of_256.lock() = world.fail_of_256;
         let storage: Arc<dyn Storage> = file.clone();
-        let image = {
-            let (exec2, origin, storage) = (Arc::clone(&exec), Arc::clone(&origin), Arc::clone(&storage));
+        let (image, origins) = {
+            let (exec2, below, storage) = (Arc::clone(&exec), below.clone(), Arc::clone(&storage));
             exec.run(async move {
                 let kind = world.kind;
                 if epoch == 0 {
@@ -84,9 +83,13 @@ fn run(seed: u64) {
                     kind.snapshot(&storage, epoch).await;
                 }
                 kind.check(Arc::clone(&storage), Leaks::Allowed, "opened").await;
-                kind.open(storage, raw_over(origin).await, &exec2, world.options()).await
+                // What is read before the guests come is there; the rest fails as drawn.
+                let (source, origins) = below.open(world.backing_len, &exec2.rt(), 200, 0).await;
+                let image = kind.open(storage, source, &exec2, world.options()).await;
+                (image, origins)
             })
         };
+        origins.iter().for_each(|origin| *origin.fail_of_256.lock() = world.fail_of_256);
         file.set_yields(rng.random(), 3);
         let disk = Arc::new(Disk::new(Top::Image(Arc::clone(&image)), false));
         let mut guests: Vec<_> = (0..world.guests)
@@ -114,7 +117,7 @@ fn run(seed: u64) {
         };
         if last {
             exec.run(main);
-            *origin.fail_of_256.lock() = 0;
+            origins.iter().for_each(|origin| *origin.fail_of_256.lock() = 0);
             let closing = Arc::clone(&image);
             exec.run(async move { closing.close(Duration::from_secs(3600)).await.expect("closes clean") });
             let closed = Arc::clone(&storage);
@@ -128,20 +131,20 @@ fn run(seed: u64) {
         exec.power_off();
         // After a clean close nothing is owed to luck either: a crash then must lose nothing that close flushed.
         file = Arc::new(file.crash(rng.random()));
-        verify(&world, &model, &file, last);
+        verify(&world, below, &model, &file, last);
     }
 }
 
 /// Opens what is left and reads all of it.
-fn verify(world: &World, model: &Arc<Mutex<Model>>, file: &Arc<SimFile>, closed: bool) {
+fn verify(world: &World, below: &Below, model: &Arc<Mutex<Model>>, file: &Arc<SimFile>, closed: bool) {
     let exec = Exec::new(world.seed);
-    let origin = SimOrigin::new(world.backing_len, exec.rt(), 0);
     // What reading does to the image is not kept.
     let copy: Arc<dyn Storage> = Arc::new(SimFile::from_bytes(&file.contents()));
-    let (world, exec2) = (*world, Arc::clone(&exec));
+    let (world, exec2, below) = (*world, Arc::clone(&exec), below.clone());
     let bytes = exec.run(async move {
         world.kind.check(Arc::clone(&copy), Leaks::Allowed, "after the crash").await;
-        let image = world.kind.open(copy, raw_over(origin).await, &exec2, world.options()).await;
+        let (source, _origins) = below.open(world.backing_len, &exec2.rt(), 0, 0).await;
+        let image = world.kind.open(copy, source, &exec2, world.options()).await;
         let mut all = Vec::new();
         for at in (0..world.size).step_by(SECTOR as usize * 8) {
             let len = (world.size - at).min(SECTOR * 8) as usize;
@@ -166,19 +169,34 @@ fn verify(world: &World, model: &Arc<Mutex<Model>>, file: &Arc<SimFile>, closed:
 }
 
 /// Runs the seeds `READONCE_SEEDS=FROM..TO`, or a few; a failing one is named for a replay.
-#[test]
-fn random_races_and_crashes_keep_the_promises() {
-    let seeds = std::env::var("READONCE_SEEDS").unwrap_or_else(|_| "0..100".into());
+fn run_seeds(test: &str, few: &str, below: impl Fn(&World) -> Below) {
+    let seeds = std::env::var("READONCE_SEEDS").unwrap_or_else(|_| few.into());
     let (from, to) = seeds.split_once("..").expect("READONCE_SEEDS=FROM..TO");
     let parse = |text: &str| text.parse::<u64>().expect("a seed is a number");
     for seed in parse(from)..parse(to) {
         let world = World::draw(seed);
-        if let Err(panic) = std::panic::catch_unwind(|| run(seed)) {
+        let below = below(&world);
+        if let Err(panic) = std::panic::catch_unwind(|| run(world, &below)) {
             eprintln!(
-                "replay: READONCE_SEEDS={seed}..{} cargo test -p readonce-disk --test races\n{world:?}",
+                "replay: READONCE_SEEDS={seed}..{} cargo test -p readonce-disk --test races {test}\n{world:?}",
                 seed + 1
             );
             std::panic::resume_unwind(panic);
         }
     }
+}
+
+#[test]
+fn random_races_and_crashes_keep_the_promises() {
+    run_seeds("random_races", "0..100", |_| Below::Raw);
+}
+
+/// What lies behind has compressed clusters, internal snapshots, and metadata that must come over the network as well.
+#[test]
+fn races_over_a_chain_of_images_keep_the_promises() {
+    run_seeds("races_over", "0..24", |world| {
+        let codec = ["zlib", "zstd"][(world.seed % 2) as usize];
+        let cluster_size = [512, 4096, 65536][(world.seed % 3) as usize];
+        Below::chain(world.backing_len, codec, cluster_size)
+    });
 }

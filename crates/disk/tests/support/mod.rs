@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test file takes what it needs")]
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "this is the test's world")]
 
+pub mod chain;
 pub mod exec;
 pub mod fake;
 pub mod guest;

@@ -34,6 +34,8 @@ pub fn backing_stamp(sector: u64) -> u64 {
 
 pub struct SimOrigin {
     pub len: u64,
+    /// An image's bytes; `None`: the backing's stamps.
+    pub content: Option<Bytes>,
     pub rt: Rt,
     /// Of 256, how many fetches fail half-way.
     pub fail_of_256: Mutex<u16>,
@@ -45,8 +47,19 @@ pub struct SimOrigin {
 
 impl SimOrigin {
     pub fn new(len: u64, rt: Rt, delay_ms_max: u64) -> Arc<Self> {
+        Self::of(None, len, rt, delay_ms_max)
+    }
+
+    /// An origin of an image.
+    pub fn of_image(image: Bytes, rt: Rt, delay_ms_max: u64) -> Arc<Self> {
+        let len = image.len() as u64;
+        Self::of(Some(image), len, rt, delay_ms_max)
+    }
+
+    fn of(content: Option<Bytes>, len: u64, rt: Rt, delay_ms_max: u64) -> Arc<Self> {
         Arc::new(Self {
             len,
+            content,
             rt,
             fail_of_256: Mutex::new(0),
             delay_ms_max,
@@ -62,6 +75,9 @@ impl SimOrigin {
     fn bytes(&self, range: Range<u64>) -> Bytes {
         if range.is_empty() {
             return Bytes::new();
+        }
+        if let Some(content) = &self.content {
+            return content.slice(range.start as usize..range.end as usize);
         }
         let first = range.start / SECTOR;
         let mut bytes = Vec::new();
