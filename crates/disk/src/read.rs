@@ -36,6 +36,8 @@ struct Plan {
     waits: Vec<(Range<u64>, oneshot::Receiver<Delivery>)>,
     /// To look at again.
     again: VecDeque<Range<u64>>,
+    /// Where the backing ends must be known for that.
+    wants_backing_end: bool,
 }
 
 /// Why a pass under the table's lock ended early.
@@ -94,7 +96,11 @@ impl Image {
                 at = part.end;
             }
             todo.append(&mut plan.again);
+            let wants_backing_end = plan.wants_backing_end;
             self.collect(plan, inside, class, sink, &mut todo).await?;
+            if wants_backing_end {
+                self.backing_end().await?;
+            }
         }
         Ok(())
     }
@@ -160,7 +166,12 @@ impl Image {
             }
             match stop {
                 None => {}
-                Some(Stop::BackingEnd) => drop(self.backing_end().await?),
+                // It may be away, and who is inside keeps a close waiting.
+                Some(Stop::BackingEnd) => {
+                    plan.wants_backing_end = true;
+                    plan.again.push_back(at..range.end);
+                    return Ok(());
+                }
                 // What is on its way is collected first: it waits in memory.
                 Some(Stop::Full(_)) if !plan.waits.is_empty() => {
                     plan.again.push_back(at..range.end);

@@ -323,6 +323,36 @@ fn a_lower_image_is_not_written_after_its_close() {
     });
 }
 
+/// A server did not end while a backing that nobody had opened yet was away: for ten minutes, by default.
+#[test]
+fn a_close_does_not_wait_for_a_backing_that_is_away() {
+    for_kinds(&KINDS, |kind| {
+        let exec = Exec::new(1);
+        let (inner, rt) = (exec.clone(), exec.rt());
+        let sleeper = exec.rt();
+        let lazy = Lazy::new(Box::new(move || {
+            let sleep = sleeper.sleep(Duration::from_secs(3600));
+            Box::pin(async move {
+                sleep.await;
+                Err(LayerError::NoBacking("away".into()))
+            })
+        }));
+        exec.run(async move {
+            let file: Arc<dyn Storage> = Arc::new(SimFile::new());
+            kind.create(&file, SIZE).await;
+            let image = kind.open(file, Arc::new(lazy), &inner, filling(true)).await;
+            let reader = image.clone();
+            rt.spawn(Box::pin(async move {
+                let _ = reader.read(0, 512).await;
+            }));
+            rt.sleep(Duration::from_millis(50)).await;
+            image.close(Duration::from_secs(30)).await.expect("nothing is owed");
+            assert!(rt.now() < Duration::from_secs(60), "{:?}", rt.now());
+        });
+        exec.power_off();
+    });
+}
+
 /// The power fails while an image is closed: leaks are there only with the mark that says so.
 #[test]
 fn a_clean_image_has_no_leaks_whenever_the_power_fails() {
