@@ -7,7 +7,9 @@ use readonce_format::driver::{BackingRef, HeaderChange, driver};
 use readonce_storage::{LocalFile, OpenMode, Storage};
 use readonce_testkit::{Content, Fault, When};
 
-use super::place::{CLUSTER, LONG, Place, above, clusters, content, filled_from, impatient, options, serve};
+use super::place::{
+    CLUSTER, LONG, Place, Spec, above, asked, clusters, content, filled_from, impatient, options, serve,
+};
 
 const SIZE: u64 = 8 * CLUSTER;
 
@@ -86,6 +88,38 @@ async fn an_image_made_of_local_files_can_be_served() {
     let opened = super::place::open(&origin.url_of("/i/a.qed"), read_only).await.expect("it opens");
     let read = opened.try_read(clusters(1..2)).await.expect("the same file, elsewhere");
     assert!(read == base.bytes(clusters(1..2)));
+}
+
+/// Many small reads end, whatever the cluster sizes above each other; each byte is asked once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn small_reads_go_through_two_images_that_fill() {
+    const LEN: u64 = 4 << 20;
+    let content = content(5, LEN);
+    let origin = serve(&content).await;
+    for (seed, lower_size, upper_size) in [(1, 4096, 65536), (2, 65536, 4096), (3, 1 << 20, 512)] {
+        let place = Place::new();
+        let url = origin.url();
+        let lower = Spec { cluster_size: lower_size, ..filled_from(&url, "raw", LEN) };
+        place.create("lower.qed", lower).await;
+        let upper = Spec { cluster_size: upper_size, ..filled_from("lower.qed", "qed", LEN) };
+        place.create("top.qcow2", upper).await;
+        origin.clear_log();
+        let opened = place.open("top.qcow2", options()).await;
+        let mut draw: u64 = seed;
+        for _ in 0..300 {
+            draw = (draw * 1_103_515_245 + 12_345) % (1 << 31);
+            let at = (draw >> 8) % (LEN / 4096);
+            let range = at * 4096..(at + 1) * 4096;
+            assert!(opened.read(range.clone()).await == content.bytes(range));
+        }
+        opened.close().await;
+        let mut ranges = asked(&origin);
+        ranges.sort_by_key(|range| range.start);
+        assert!(ranges.windows(2).all(|pair| pair[0].end <= pair[1].start), "asked twice");
+        let opened = place.open("top.qcow2", options()).await;
+        assert!(opened.read(0..LEN).await == content.bytes(0..LEN));
+        opened.close().await;
+    }
 }
 
 /// Its fills came from a version that nobody remembered: that the file had another length since was not seen.
