@@ -25,6 +25,8 @@ pub(crate) struct Reclaim {
     stop: AtomicBool,
     /// Held while the scan runs.
     running: tokio::sync::Mutex<()>,
+    /// Told when it has ended.
+    ended: tokio::sync::Notify,
     /// End of the whole clusters when the image was opened, bytes.
     pub(crate) end: u64,
 }
@@ -36,6 +38,7 @@ impl Reclaim {
             state: AtomicU8::new(state),
             stop: AtomicBool::new(false),
             running: tokio::sync::Mutex::new(()),
+            ended: tokio::sync::Notify::new(),
             end,
         }
     }
@@ -53,6 +56,7 @@ impl Reclaim {
     /// Nothing is left to reclaim.
     pub(crate) fn done(&self) {
         self.state.store(NOTHING_TO_DO, Ordering::Release);
+        self.ended.notify_waiters();
     }
 
     /// Runs the scan, until it is to end: then `None`. It is to yield now and then.
@@ -69,6 +73,7 @@ impl Reclaim {
     pub(crate) fn failed(&self, why: &str) {
         tracing::info!(why, "what a crash left unlinked stays in the image for now");
         self.state.store(FAILED, Ordering::Release);
+        self.ended.notify_waiters();
     }
 
     /// Completes once the scan is to end. Each time that the scan yields this is looked at first.
@@ -78,6 +83,17 @@ impl Reclaim {
             false => Poll::Pending,
         })
         .await;
+    }
+
+    /// Waits for a scan that has begun.
+    pub(crate) async fn finish(&self) {
+        let ended = self.ended.notified();
+        tokio::pin!(ended);
+        // From here on it is told, however soon it ends.
+        ended.as_mut().enable();
+        if self.state.load(Ordering::Acquire) == RUNNING {
+            ended.await;
+        }
     }
 
     /// Ends a scan that runs; it has ended when this returns.

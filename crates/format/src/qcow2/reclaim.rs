@@ -4,8 +4,8 @@
 //!   was opened. One whose refcount changed since then is left alone: what the scan reads of it may be old.
 //! - Only what nothing refers to is freed. A refcount that is too high beside references stays for `check`: whether it becomes 1
 //!   decides flags in tables.
-//! - A table in which anything is wrong ends it: then nothing is freed, and the mark stays. So it does where the image is closed
-//!   meanwhile: closing does not wait for a scan of the whole image, and the next open begins anew.
+//! - A table in which anything is wrong ends it: then nothing is freed, and the mark stays. So it does where a large image is
+//!   closed meanwhile: closing does not wait for a scan of all of it, and the next open begins anew.
 //!
 //! Not here: the scan itself (`scan`).
 

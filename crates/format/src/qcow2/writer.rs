@@ -42,6 +42,9 @@ use crate::{
     rounds::Rounds,
 };
 
+/// Bytes of a file whose leaks are looked for to the end when it is closed: no more tables than that can be read. Of a larger one they are
+/// left to the next open.
+const FINISHED_AT_CLOSE_BYTES_MAX: u64 = 1 << 30;
 /// Tables of different ranges wait for each other only by chance.
 const TABLE_LOCKS: usize = 16;
 
@@ -569,6 +572,9 @@ impl WritableMapper for Writer {
 
     fn close(&self) -> BoxFuture<'_, Result<(), FormatError>> {
         Box::pin(async move {
+            if self.core.reclaim.end <= FINISHED_AT_CLOSE_BYTES_MAX {
+                self.core.reclaim.finish().await;
+            }
             self.core.reclaim.stop().await;
             self.core.space.scan_ended().await;
             self.core.clean().await

@@ -43,7 +43,7 @@ const BATCH_MAX: usize = 1 << 16;
 /// Bytes that are copied between two syncs, but for one unit that is larger.
 const MOVE_BYTES_MAX: u64 = 64 << 20;
 /// Bytes that are in memory while a unit is copied.
-const COPY_BYTES: u64 = 1 << 20;
+pub(super) const COPY_BYTES: u64 = 1 << 20;
 
 const _: () = assert!(BATCH_MAX * size_of::<(u64, Place)>() <= 4 << 20);
 
@@ -133,27 +133,6 @@ fn unit_clusters(layout: &Layout, place: &Place) -> u64 {
     }
 }
 
-/// Copies bytes inside the file. Not synced.
-pub(super) async fn copy_bytes(
-    file: &Arc<dyn Storage>,
-    from: u64,
-    to: u64,
-    len: u64,
-) -> Result<(), FormatError> {
-    let mut done = 0;
-    while done < len {
-        let piece = (len - done).min(COPY_BYTES);
-        let copied = file.read(from + done, index(piece)).await?;
-        if copied.iter().all(|&byte| byte == 0) {
-            file.write_zeroes(to + done, piece).await?;
-        } else {
-            file.write(to + done, copied).await?;
-        }
-        done += piece;
-    }
-    Ok(())
-}
-
 /// Moves the units that reach into a range of the file, a few clusters long, to the file's end.
 pub(super) async fn move_units_away(
     file: &Arc<dyn Storage>,
@@ -178,7 +157,14 @@ async fn move_units(file: &Arc<dyn Storage>, layout: &Layout, moves: &[Move]) ->
         return Ok(());
     }
     for unit in moves {
-        copy_bytes(file, unit.from, unit.to, unit.len(layout)).await?;
+        let len = unit.len(layout);
+        let mut done = 0;
+        while done < len {
+            let piece = (len - done).min(COPY_BYTES);
+            let copied = file.read(unit.from + done, index(piece)).await?;
+            file.write(unit.to + done, copied).await?;
+            done += piece;
+        }
     }
     file.sync().await?;
     for unit in moves {

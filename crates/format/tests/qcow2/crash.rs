@@ -244,6 +244,28 @@ fn a_new_refcount_block_is_on_the_disk_before_the_table_names_it() {
     }
 }
 
+/// Somebody who opens an image for a moment, again and again, would keep its leaks and its mark for ever.
+#[test]
+fn an_image_that_is_closed_at_once_is_reclaimed_all_the_same() {
+    block_on(async {
+        let mut guest = Guest::new(&SMALL).await;
+        guest.fill(0, 4).await.unwrap();
+        guest.flush().await.unwrap();
+        guest.fill(8, 300).await.unwrap();
+        guest.mapper.flush(Durability::Linked).await.unwrap();
+        let crashed = Files { image: Arc::new(guest.files.image.crash_with(|_| false)), data: None };
+        assert!(wrong(&crashed.image).await.1 >= 8);
+        let mut model = guest.model.clone();
+        model.flushed();
+        let guest = Guest::open(crashed.clone(), model).await.unwrap();
+        guest.mapper.reclaim().await.unwrap();
+        guest.mapper.close().await.unwrap();
+        assert_eq!(wrong(&crashed.image).await, (0, 0));
+        let reader: Arc<dyn ReadAt> = crashed.image.clone();
+        assert!(!qcow2().describe(&reader).await.unwrap().in_use);
+    });
+}
+
 #[test]
 fn what_a_crash_left_is_used_again() {
     for shape in [SMALL, UNITS, TINY] {
