@@ -75,6 +75,9 @@ pub async fn run(args: Args) -> Outcome {
     }
     let output = look::output("check", &args.output)?;
     let image = look::one_image("check", &args.images)?;
+    if repair.is_some() && args.force_share {
+        return Err(look::cannot_open(image, "force-share=on can only be used with read-only images"));
+    }
     let checked = match repair {
         Some(repair) => mend(image, &args, repair, output).await?,
         None => examine(image, &args).await?,

@@ -216,3 +216,14 @@ fn refcounts_that_were_never_written_are_told_apart() {
     let clean = readonce(at.path(), &["check", "w.img"]).ok();
     assert_eq!(clean.err, "");
 }
+
+/// Told of a lock, a person would look for another process that there is not.
+#[test]
+fn a_repair_is_not_done_without_a_lock() {
+    let at = folder();
+    readonce(at.path(), &["create", "-q", "-f", "qcow2", "w.img", "1M"]).ok();
+    let arguments = ["check", "-U", "-r", "all", "w.img"];
+    let theirs = said(qemu_img(at.path(), &arguments));
+    assert_eq!(said(readonce(at.path(), &arguments)), theirs);
+    assert_eq!(theirs.code, Some(1));
+}
