@@ -31,13 +31,22 @@ fn run(seed: u64, folder: &Folder, files: Files, model: Model) {
 
 #[test]
 fn imago_reads_what_readonce_wrote() {
-    let shapes = [
-        SMALL,
-        Shape { version: 2, cluster_bits: 16, ..SMALL },
-        Shape { cluster_bits: 9, refcount_bits: 1, backing: false, ..SMALL },
-        Shape { lazy: true, cluster_bits: 16, ..SMALL },
-        Shape { data: DataIn::File, ..SMALL },
-    ];
+    let mut shapes = Vec::new();
+    for cluster_bits in [9, 12, 16, 21] {
+        let small = Shape { cluster_bits, ..SMALL };
+        shapes.push(Shape { version: 2, ..small });
+        // Of large clusters there are few, whatever they are counted with.
+        let widths: &[u32] = if cluster_bits == 21 { &[16] } else { &[1, 16, 64] };
+        for &refcount_bits in widths {
+            let with = Shape { refcount_bits, ..small };
+            shapes.extend([
+                with,
+                Shape { lazy: true, backing: false, ..with },
+                Shape { data: DataIn::File, ..with },
+                Shape { data: DataIn::RawFile, backing: false, ..with },
+            ]);
+        }
+    }
     for (seed, shape) in (0..).zip(shapes) {
         run(seed, &Folder::new(shape), block_on(create(&shape)), Model::new(shape));
     }
