@@ -36,6 +36,8 @@ pub(super) struct Mark {
 struct State {
     /// Whether the file has all marks that allocating needs.
     ready: bool,
+    /// Whether the file has a mark, of ours or of whoever had it before.
+    marked: bool,
     /// Whether autoclear bits that are to be cleared are in the file.
     autoclear: bool,
     /// Whether the mark is being taken off.
@@ -48,6 +50,15 @@ struct State {
     writes: u64,
     synced: u64,
     tickets: u64,
+}
+
+/// What a crash left counted and without a reference.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Leaks {
+    /// It is free again.
+    None,
+    /// Nobody looked to the end: the mark has the next open do it.
+    Perhaps,
 }
 
 /// Leave to allocate; while it lives the mark stays.
@@ -66,6 +77,7 @@ impl Mark {
         let ready = header.record.in_use && !autoclear && lazy == header.dirty();
         let state = State {
             ready,
+            marked: header.record.in_use || header.dirty(),
             autoclear,
             closing: false,
             corrupt: header.corrupt(),
@@ -106,6 +118,8 @@ impl Mark {
                 *header = change::adopt(&self.file, header.clone()).await?;
             }
             let before = header.clone();
+            // From the first byte of the writes below on the file may have one.
+            self.state.lock().marked = true;
             let mut writes: Vec<SectorWrite> = header.clear_autoclear().into_iter().collect();
             if self.lazy {
                 writes
@@ -233,24 +247,34 @@ pub(super) struct Closing<'a> {
 }
 
 impl Closing<'_> {
-    /// Whether the image was made ready for allocating.
+    /// Whether the file has a mark.
     pub(super) fn marked(&self) -> bool {
-        self.mark.state.lock().ready
+        self.mark.state.lock().marked
     }
 
-    /// Takes the marks off; the dirty bit is off durably when this returns. Everything else must be durable already.
-    pub(super) async fn clear(self) -> Result<(), FormatError> {
+    /// Takes off the dirty bit, and the in-use mark unless leaks are left; the dirty bit is off durably when this returns.
+    /// Everything else must be durable already.
+    pub(super) async fn clear(self, leaks: Leaks) -> Result<(), FormatError> {
         let mut header = self.mark.header.lock().await;
-        // From the first byte of this write on the file may be without the mark.
-        self.mark.state.lock().ready = false;
         let dirty = header.dirty();
+        if leaks == Leaks::Perhaps && !dirty {
+            return Ok(());
+        }
         let mut writes = Vec::new();
         if dirty {
             writes.push(header.change_fields(|fields| fields.incompatible_features &= !INCOMPATIBLE_DIRTY));
         }
-        writes.extend(header.set_in_use(false));
+        if leaks == Leaks::None {
+            writes.extend(header.set_in_use(false));
+        }
+        // From the first byte of this write on the file may be without the mark.
+        self.mark.state.lock().ready = false;
         self.mark.write(writes).await?;
-        if dirty { self.mark.sync().await } else { Ok(()) }
+        if dirty {
+            self.mark.sync().await?;
+        }
+        self.mark.state.lock().marked = leaks == Leaks::Perhaps;
+        Ok(())
     }
 }
 

@@ -24,7 +24,7 @@ use super::{
     l1::L1Entry,
     layout::SUBCLUSTERS,
     links::{Joined, Links, Released, Span},
-    mark::{Closing, Mark, Ticket},
+    mark::{Closing, Leaks, Mark, Ticket},
     refs::{Found, Refs},
     repair,
     slice::raw_entries,
@@ -418,11 +418,8 @@ impl Core {
             return Ok(());
         }
         self.flusher.settle_refcounts().await?;
-        if self.reclaim.is_due() {
-            // What the mark stands for is still there.
-            return Ok(());
-        }
-        closing.clear().await
+        // The refcounts are right in any case: without its dirty bit nobody counts them anew before the image can be used.
+        closing.clear(if self.reclaim.is_due() { Leaks::Perhaps } else { Leaks::None }).await
     }
 }
 
