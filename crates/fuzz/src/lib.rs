@@ -5,7 +5,7 @@
 //! - `fuzz/` hands them to libFuzzer; `tests/replay.rs` runs them over the corpora and seeded random bytes on the stable toolchain.
 //! - `draw`: bytes as choices. `exec`: the runtime.
 //!
-//! Not here: option strings and profile files of the command line, which lives in a binary.
+//! Not here: flags (clap's), and profile files, which do not exist yet: `trace` reads what is nearest to one, a recorded boot.
 
 /// Prints what a target makes of its bytes, for a person who looks at a failure: where `FUZZ_TELL` is set.
 macro_rules! tell {
@@ -23,14 +23,17 @@ pub mod http_answers;
 pub mod image;
 pub mod image_bytes;
 pub mod locator;
+pub mod nbd_client;
 pub mod nbd_server;
+pub mod trace;
 pub mod validator;
+pub mod words;
 
 /// A target: its name, as the folder of its corpus, and what it does.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 11] = [
     ("qed_image", image::qed),
     ("qcow2_image", image::qcow2),
     ("image_bytes", image_bytes::run),
@@ -39,6 +42,9 @@ pub const TARGETS: [Target; 8] = [
     ("http_answers", http_answers::run),
     ("locator", locator::run),
     ("validator", validator::run),
+    ("words", words::run),
+    ("nbd_client", nbd_client::run),
+    ("trace", trace::run),
 ];
 
 fn is_telling() -> bool {

@@ -120,4 +120,7 @@ targets! {
     http_answers: 1000,
     locator: 1000,
     validator: 1000,
+    words: 1000,
+    nbd_client: 500,
+    trace: 1000,
 }

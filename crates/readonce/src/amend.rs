@@ -3,11 +3,12 @@
 use std::process::ExitCode;
 
 use readonce_format::driver::{HeaderChange, driver, drivers};
+use readonce_words::options;
 
 use crate::{
     create::help_line,
     failure::{Failure, Outcome},
-    look, options, stdout,
+    look, stdout,
 };
 
 /// Change what an image does when it is used: copy_on_read

@@ -7,8 +7,9 @@ use std::{sync::Arc, time::Duration};
 
 use readonce_disk::chain::{ChainOptions, CopyOnRead, Locks, OnChange};
 use readonce_origin::{AllowBacking, Credentials, Locator, OriginOptions};
+use readonce_words::{drive::Drive, options};
 
-use crate::{failure::Failure, look, options, report};
+use crate::{failure::Failure, look, report};
 
 /// Flags about asking origins.
 #[derive(Debug, Clone, clap::Args)]
@@ -168,32 +169,18 @@ impl UseArgs {
         let Some(drive) = self.drive.take() else {
             return image.ok_or_else(|| Failure::usage(command, "Expecting one image file name"));
         };
-        let mut file = image;
-        for (name, value) in options::pairs([drive.as_str()]) {
-            let value = value.as_deref();
-            let needed = || {
-                value.map(str::to_owned).ok_or_else(|| Failure::new(format!("Parameter '{name}' is missing")))
-            };
-            match name.as_str() {
-                "file" if file.is_some() => {
-                    return Err(Failure::usage(
-                        command,
-                        "--drive file= and an image file name exclude each other",
-                    ));
-                }
-                "file" => file = Some(needed()?),
-                "format" | "driver" => self.format = Some(needed()?),
-                "cor" | "copy-on-read" => {
-                    let on = options::switch(&name, value)?;
-                    self.copy_on_read = if on { CopyOnRead::On } else { CopyOnRead::Off };
-                }
-                "readonly" | "read-only" => self.read_only = options::switch(&name, value)?,
-                // Which bus a machine would put it on.
-                "if" => {}
-                _ => return Err(Failure::new(format!("--drive: Invalid parameter '{name}'"))),
-            }
+        let Drive { file, format, copy_on_read, read_only } = Drive::parse(&drive)?;
+        if image.is_some() && file.is_some() {
+            return Err(Failure::usage(command, "--drive file= and an image file name exclude each other"));
         }
-        file.ok_or_else(|| Failure::new("--drive: Parameter 'file' is missing"))
+        self.format = format.or(self.format.take());
+        self.read_only = read_only.unwrap_or(self.read_only);
+        match copy_on_read {
+            Some(true) => self.copy_on_read = CopyOnRead::On,
+            Some(false) => self.copy_on_read = CopyOnRead::Off,
+            None => {}
+        }
+        image.or(file).ok_or_else(|| Failure::new("--drive: Parameter 'file' is missing"))
     }
 
     /// Warns of a `--url` that the chain whose top is `image` does not need.

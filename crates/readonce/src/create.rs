@@ -25,6 +25,7 @@ use readonce_origin::Locator;
 use readonce_storage::{
     ImageLock, LocalFile, Rt, Storage, local::OpenMode, lock::Access, runtime::TokioRuntime,
 };
+use readonce_words::options;
 
 pub use self::wanted::help_line;
 use self::{
@@ -34,7 +35,7 @@ use self::{
 use crate::{
     chain_args::{OriginArgs, PolicyArgs},
     failure::{Failure, Outcome},
-    look, options, report, stdout,
+    look, report, stdout,
 };
 
 /// Make a new image

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use readonce_disk::chain::OpenError;
+use readonce_words::Refused;
 
 /// What every command gives back.
 pub type Outcome = Result<ExitCode, Failure>;
@@ -44,6 +45,12 @@ impl Failure {
             crate::report::tell(&self.text);
         }
         ExitCode::from(self.exit)
+    }
+}
+
+impl From<Refused> for Failure {
+    fn from(refused: Refused) -> Self {
+        Self::new(refused.0)
     }
 }
 

@@ -1,9 +1,8 @@
 //! `readonce io`: single reads and writes, in qemu-io's words.
 //!
-//! - `io`: the flags, and the loop over commands. `words`: a command line of it, taken apart. `commands`: what they do.
+//! - `io`: the flags, and the loop over commands. `commands`: what they do; their words are those of `readonce_words::command`.
 
 mod commands;
-mod words;
 
 use std::{io::BufRead, process::ExitCode, time::Duration};
 

@@ -1,7 +1,7 @@
 //! `readonce`: a local image above a slow remote backing, filled as it is read, served over NBD.
 //!
 //! - One module for each command: its flags, its sentences, its exit status.
-//! - Shared: `failure` (how a command ends badly), `options` (`-o`, sizes), `chain_args` (flags that open a chain), `look`
+//! - Shared: `failure` (how a command ends badly), `chain_args` (flags that open a chain), `look`
 //!   (opening one to look at it), `session` (opening one to use it), `sandbox`, `new_image`, `human`, `json`, `stdout`, `report`, `progress`.
 //!
 //! Flags, sentences, JSON fields and exit codes are those of qemu-img, qemu-io and qemu-nbd where they have the thing. Not
@@ -26,7 +26,6 @@ mod json;
 mod look;
 mod map;
 mod new_image;
-mod options;
 mod progress;
 mod rebase;
 mod report;

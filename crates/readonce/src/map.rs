@@ -12,11 +12,12 @@ use readonce_disk::chain::{Layer, TopOnly};
 use readonce_format::Mapping;
 use readonce_origin::Locator;
 use readonce_storage::runtime::TokioRuntime;
+use readonce_words::options;
 
 use crate::{
     failure::{Failure, Outcome},
     look::{self, LookArgs, Output},
-    options, stdout,
+    stdout,
 };
 
 /// Tell where each range of an image lies

@@ -12,12 +12,12 @@ use readonce_disk::{
 use readonce_format::driver::HeaderChange;
 use readonce_origin::Locator;
 use readonce_storage::{LocalFile, ReadAt, Storage, local::OpenMode, lock::Access};
+use readonce_words::options;
 
 use crate::{
     chain_args::{OriginArgs, PolicyArgs},
     failure::{Failure, Outcome},
     look::{self, Held},
-    options,
     report::ToldArgs,
     session, stdout,
 };

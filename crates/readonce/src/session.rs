@@ -28,7 +28,7 @@ use crate::{
 #[derive(Debug, Clone, clap::Args)]
 pub struct EndArgs {
     /// How long the end may take in which bytes are still saved (500ms, 30s, 10m, 1h)
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = crate::options::time)]
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = readonce_words::options::time)]
     pub shutdown_timeout: Duration,
 }
 

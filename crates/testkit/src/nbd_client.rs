@@ -4,9 +4,9 @@
 //! - It asks for the headers it was told to ask for and takes what the server agrees to.
 //! - A reply that breaks the protocol (an unknown cookie, overlapping or missing data, a simple reply where a chunk must
 //!   stand) ends the connection, and every request with [`NbdError::Protocol`].
+//! - Memory follows what was asked for, not what a server says: an option's reply has at most [`OPTION_REPLY_MAX`], a chunk what
+//!   its request can need.
 //! - `lean` is another client, for benchmarks only.
-//!
-//! Not here: limits. A server that lies about lengths makes this client allocate.
 
 #![allow(clippy::disallowed_methods, reason = "a client of real servers: real tasks, real time")]
 
@@ -85,6 +85,12 @@ pub mod option_reply {
 }
 
 const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
+
+/// Bytes of the data of one option's reply, at most; and how many replies there may be before the last.
+const OPTION_REPLY_MAX: u32 = 64 << 10;
+const OPTION_REPLIES_MAX: usize = 1024;
+/// Bytes of a chunk beside the data that was asked for, at most: extents, and the words of an error.
+const CHUNK_EXTRA_MAX: u64 = 1 << 20;
 
 /// Which headers to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -175,7 +181,8 @@ impl Handshake {
         Self::start(Box::new(stream)).await
     }
 
-    async fn start(mut stream: Box<dyn Stream>) -> Result<Self, NbdError> {
+    /// Checks the greeting of a server that is connected already, and answers it.
+    pub async fn start(mut stream: Box<dyn Stream>) -> Result<Self, NbdError> {
         let mut greeting = [0; 18];
         stream.read_exact(&mut greeting).await?;
         if &greeting[..16] != b"NBDMAGICIHAVEOPT" || greeting[17] & 1 == 0 {
@@ -203,7 +210,14 @@ impl Handshake {
                 return Err(NbdError::Protocol(format!("a reply to option {of}, not {option}")));
             }
             let kind = self.stream.read_u32().await?;
-            let mut data = vec![0; self.stream.read_u32().await? as usize];
+            let len = self.stream.read_u32().await?;
+            if len > OPTION_REPLY_MAX || replies.len() >= OPTION_REPLIES_MAX {
+                return Err(NbdError::Protocol(format!(
+                    "{len} bytes in reply {} to option {of}",
+                    replies.len()
+                )));
+            }
+            let mut data = vec![0; len as usize];
             self.stream.read_exact(&mut data).await?;
             replies.push((kind, data));
             if kind == option_reply::ACK || kind >> 31 == 1 {
@@ -237,7 +251,9 @@ impl Handshake {
                 self.option(option::SET_META_CONTEXT, &meta_query(&options.export, &queries)).await?
             {
                 if kind == option_reply::META_CONTEXT {
-                    let (id, name) = data.split_at(4);
+                    let (id, name) = data
+                        .split_at_checked(4)
+                        .ok_or_else(|| NbdError::Protocol("a context's number".into()))?;
                     contexts.push((be32(id), String::from_utf8_lossy(name).into_owned()));
                 }
             }
@@ -246,7 +262,7 @@ impl Handshake {
         let replies = self.option(option::GO, &go_data(&options.export, &[3])).await?;
         let (mut size, mut flags) = (None, 0);
         for (kind, data) in &replies {
-            if *kind == option_reply::INFO && data[..2] == [0, 0] && data.len() == 12 {
+            if *kind == option_reply::INFO && data.starts_with(&[0, 0]) && data.len() == 12 {
                 size = Some(be64(&data[2..10]));
                 flags = u16::from_be_bytes([data[10], data[11]]);
             } else if kind >> 31 == 1 {
@@ -616,6 +632,10 @@ impl Receiver {
         } else {
             u64::from(self.reader.read_u32().await?)
         };
+        let data_len = if waiter.request.command == command::READ { waiter.request.len } else { 0 };
+        if len > data_len.saturating_add(CHUNK_EXTRA_MAX) {
+            return Err(NbdError::Protocol(format!("a chunk of {len} bytes for {:?}", waiter.request)));
+        }
         let mut payload = vec![0; len as usize];
         self.reader.read_exact(&mut payload).await?;
         take_chunk(&mut waiter, kind, &payload, self.headers).ok_or_else(|| {
@@ -642,7 +662,8 @@ fn take_chunk(waiter: &mut Waiter, kind: u16, payload: &[u8], headers: Headers) 
             let data = if kind == 1 {
                 payload.get(8..).filter(|data| !data.is_empty())?.to_vec()
             } else {
-                vec![0; be32(payload.get(8..12)?) as usize]
+                let hole = u64::from(be32(payload.get(8..12)?));
+                vec![0; usize::try_from(hole).ok().filter(|_| hole <= waiter.request.len)?]
             };
             let from = usize::try_from(at.checked_sub(waiter.request.offset)?).ok()?;
             let until = from.checked_add(data.len())?;
@@ -666,7 +687,7 @@ fn take_chunk(waiter: &mut Waiter, kind: u16, payload: &[u8], headers: Headers) 
             let id = be32(payload.get(..4)?);
             let extents: Vec<(u64, u64)> = if is_extended {
                 let extents = payload.get(8..)?;
-                if extents.len() != be32(&payload[4..8]) as usize * 16 {
+                if extents.len() as u64 != u64::from(be32(&payload[4..8])) * 16 {
                     return None;
                 }
                 extents.chunks(16).map(|extent| (be64(&extent[..8]), be64(&extent[8..]))).collect()
@@ -690,7 +711,7 @@ fn take_chunk(waiter: &mut Waiter, kind: u16, payload: &[u8], headers: Headers) 
         _ if kind >> 15 == 1 => {
             let errno = be32(payload.get(..4)?);
             let text_len = usize::from(u16::from_be_bytes([*payload.get(4)?, *payload.get(5)?]));
-            let text = String::from_utf8(payload.get(6..6 + text_len)?.to_vec()).ok()?;
+            let text = String::from_utf8(payload.get(6..)?.get(..text_len)?.to_vec()).ok()?;
             waiter.error = Some(NbdError::Server { errno, text });
             (errno != 0).then_some(())
         }

@@ -1,4 +1,4 @@
-//! A command of `readonce io`, taken apart: options, offset, lengths. Refused in qemu-io's words.
+//! A command of `readonce io`: its options, offset, lengths. Refused in qemu-io's words.
 
 use crate::options::{self, NoSize};
 

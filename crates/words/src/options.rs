@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use crate::failure::Failure;
+use crate::Refused;
 
 /// One `-o` option; a bare one has no value.
 pub type Pair = (String, Option<String>);
@@ -110,9 +110,9 @@ fn decimal(text: &str) -> Result<u64, NoSize> {
 }
 
 /// A size given for the parameter `name`, refused in QEMU's words.
-pub fn parameter_size(name: &str, text: &str) -> Result<u64, Failure> {
+pub fn parameter_size(name: &str, text: &str) -> Result<u64, Refused> {
     size(text).map_err(|error| {
-        Failure::new(match error {
+        Refused::new(match error {
             NoSize::Malformed => format!(
                 "Parameter '{name}' expects a non-negative number below 2^64\nOptional suffix k, M, G, T, P or E means \
                  kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively."
@@ -123,29 +123,29 @@ pub fn parameter_size(name: &str, text: &str) -> Result<u64, Failure> {
 }
 
 /// A number given for the parameter `name`, refused in QEMU's words.
-pub fn parameter_number(name: &str, text: &str) -> Result<u64, Failure> {
+pub fn parameter_number(name: &str, text: &str) -> Result<u64, Refused> {
     let number = match text.strip_prefix("0x") {
         Some(hex) => u64::from_str_radix(hex, 16),
         None => text.parse(),
     };
-    number.map_err(|_| Failure::new(format!("Parameter '{name}' expects a number")))
+    number.map_err(|_| Refused::new(format!("Parameter '{name}' expects a number")))
 }
 
 /// A size of an image, refused in QEMU's words.
-pub fn image_size(text: &str) -> Result<u64, Failure> {
+pub fn image_size(text: &str) -> Result<u64, Refused> {
     match size(text) {
         Ok(size) if i64::try_from(size).is_ok() => Ok(size),
-        Err(NoSize::Malformed) => Err(Failure::new(format!("Invalid image size specified: '{text}'."))),
-        _ => Err(Failure::new(format!("Invalid image size specified. Must be between 0 and {}.", i64::MAX))),
+        Err(NoSize::Malformed) => Err(Refused::new(format!("Invalid image size specified: '{text}'."))),
+        _ => Err(Refused::new(format!("Invalid image size specified. Must be between 0 and {}.", i64::MAX))),
     }
 }
 
 /// `on` or `off`, or another word that QEMU takes for them; a bare option means on.
-pub fn switch(name: &str, value: Option<&str>) -> Result<bool, Failure> {
+pub fn switch(name: &str, value: Option<&str>) -> Result<bool, Refused> {
     match value {
         None | Some("on" | "yes" | "true" | "y") => Ok(true),
         Some("off" | "no" | "false" | "n") => Ok(false),
-        Some(_) => Err(Failure::new(format!("Parameter '{name}' expects 'on' or 'off'"))),
+        Some(_) => Err(Refused::new(format!("Parameter '{name}' expects 'on' or 'off'"))),
     }
 }
 

@@ -13,8 +13,8 @@ use futures_util::future::try_join_all;
 use readonce_testkit::{
     Content, FaultyOrigin, LinkSpec, OriginSpec,
     nbd_client::{NbdClient, NbdError},
+    trace::{self, Op, Request},
 };
-use serde::Deserialize;
 use tokio::sync::watch;
 
 use super::{SEND_TRIM, SEND_WRITE_ZEROES};
@@ -31,29 +31,9 @@ const SIZE: u64 = 2 << 30;
 /// The trace was recorded under software emulation.
 const PACE: f64 = 0.1;
 
-#[derive(Debug, Deserialize)]
-struct Request {
-    op: Op,
-    offset: u64,
-    len: u64,
-    /// Seconds.
-    start: f64,
-    end: f64,
-}
-
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Op {
-    Read,
-    Write,
-    Zero,
-    Trim,
-    Flush,
-}
-
 /// Runs the row.
 pub async fn run(bench: &Bench) -> anyhow::Result<Vec<Figure>> {
-    let mut trace = TRACE.lines().map(serde_json::from_str).collect::<Result<Vec<Request>, _>>()?;
+    let mut trace = trace::parse(TRACE)?;
     if bench.quick {
         trace.truncate(100);
     }

@@ -6,11 +6,9 @@
 use std::{collections::BTreeMap, fmt::Write as _};
 
 use readonce_format::{Driver, driver::CreateSpec};
+use readonce_words::options::{self, Pair};
 
-use crate::{
-    failure::Failure,
-    options::{self, Pair},
-};
+use crate::failure::Failure;
 
 /// What the value of an option is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

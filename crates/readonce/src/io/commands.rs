@@ -7,8 +7,8 @@ use std::{
 
 use bytes::Bytes;
 use readonce_disk::{BlockDevice, DeviceError, Disk, ZeroMode, chain::driver_of};
+use readonce_words::command::{Refused, SPECS, Words};
 
-use super::words::{Refused, SPECS, Words};
 use crate::{chain_args::OriginArgs, failure::Failure, human, info, look, report, stdout};
 
 /// Bytes of one request to the disk; larger ones are parted, to bound memory.
