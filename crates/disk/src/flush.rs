@@ -117,10 +117,10 @@ impl Image {
         unlinked.into_iter().for_each(Unlinked::reuse);
     }
 
-    /// The same at the end: no flush comes later that would try again. A fetch that began before may end by what the origin was
-    /// then, so that what it leaves gets one more.
+    /// The same at the end: no flush comes later that would try again. A fetch or a store that began before may end by what
+    /// the origin or the disk was then, so that what it leaves gets one more.
     async fn complete_last(&self) -> Result<(), LayerError> {
-        let began_before = self.table().is_guest_fetching();
+        let began_before = self.table().is_guest_under_way();
         match self.complete_guest_units().await {
             Err(_) if began_before => self.complete_guest_units().await,
             done => done,

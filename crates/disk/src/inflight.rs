@@ -462,9 +462,9 @@ impl<R> InFlight<R> {
         }
     }
 
-    /// Whether a unit with guest bytes is being fetched.
-    pub fn is_guest_fetching(&self) -> bool {
-        self.entries.values().any(|entry| entry.is_guest() && matches!(entry.state, State::Fetching(_)))
+    /// Whether a unit with guest bytes is being fetched or stored.
+    pub fn is_guest_under_way(&self) -> bool {
+        self.entries.values().any(|entry| entry.is_guest() && !matches!(entry.state, State::Held))
     }
 
     /// What a flush must wait for: every unit with guest bytes. What had failed is started again.

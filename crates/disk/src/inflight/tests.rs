@@ -165,6 +165,19 @@ fn a_full_disk_keeps_guest_bytes_for_the_next_flush() {
     assert_eq!(table.guest_ranges(), vec![0..8]);
 }
 
+/// A close that begins while a full disk is about to say so would give up bytes for which there is room by then.
+#[test]
+fn guest_bytes_that_are_being_stored_are_under_way() {
+    let mut table = table();
+    assert!(!table.is_guest_under_way());
+    let (fetch, _) = guest(&mut table, 0, 0, b"abcd", 8);
+    assert!(table.is_guest_under_way(), "the rest is being fetched");
+    let store = table.fetched(fetch.expect("the rest").id, 4, b"efgh").remove(0);
+    assert!(table.is_guest_under_way(), "it is being stored");
+    table.stored(0, Stored::Kept(LayerError::NoSpace("full".into()), store.room));
+    assert!(!table.is_guest_under_way(), "nobody works on it");
+}
+
 #[test]
 fn while_room_is_taken_others_wait_and_a_complete_unit_is_not_stored_beside_it() {
     let mut table = table();
