@@ -40,6 +40,8 @@ const PIECES_MAX: usize = 4096;
 const LOAD_LOCKS: usize = 16;
 /// Bytes of the table that are read at once.
 const TABLE_READ_BYTES: u64 = 1 << 20;
+/// Blocks past the end of the file that are read to see whether they count anything.
+const FAR_BLOCKS_MAX: usize = 64;
 /// Sectors' worth of table entries.
 const SECTOR_ENTRIES: u64 = SECTOR_BYTES / TABLE_ENTRY_BYTES;
 /// In memory only: the table holds something that may not be there.
@@ -178,15 +180,25 @@ impl Found {
         std::iter::once(table).chain(blocks.map(move |&block| block..block + cluster_size))
     }
 
+    fn table_entry(&self, block: u64) -> u64 {
+        self.table.get(index(block)).copied().unwrap_or_default()
+    }
+
     /// The offset from which on no cluster has a refcount, and nothing lies: at least `end`, where the file's clusters end.
     pub(super) async fn free_from(&self, file: &dyn ReadAt, end: u64) -> Result<u64, FormatError> {
         let numbers = Refcounts::new(self.layout.cluster_bits, self.layout.refcount_order);
         let cluster_size = self.layout.cluster_size();
         let first = end / cluster_size;
         let block = numbers.table_index(first);
-        if bytes(self.table.len()) > block + 1 {
-            // Blocks past the end: a crash, or a hostile image. Their clusters are not worth looking for.
-            return Ok(bytes(self.table.len()) * numbers.block_span());
+        // Blocks past the end: a crash, a repair, or a hostile image. Those that count nothing are no reason to begin far behind it.
+        let far = (block + 1..bytes(self.table.len())).rev().map(|index| (index, self.table_entry(index)));
+        for (looked, (index, at)) in far.filter(|(_, at)| *at != 0).enumerate() {
+            let is_empty = at != BAD
+                && looked < FAR_BLOCKS_MAX
+                && file.read(at, crate::number::index(cluster_size)).await?.iter().all(|&byte| byte == 0);
+            if !is_empty {
+                return Ok((index + 1) * numbers.block_span());
+            }
         }
         let Some(&at) = self.table.get(index(block)).filter(|&&at| at != 0) else { return Ok(end) };
         if at == BAD {

@@ -562,14 +562,16 @@ fn l2_entry(
     let cluster = Cluster::of(layout, raw, bitmap);
     // The entry as it should be, and without what it names.
     let mut mended = entry;
-    let zero = if layout.extended_l2 { 0 } else { raw & ZERO };
+    let has_zero_flag = layout.version >= 3;
+    let reserved = if has_zero_flag { L2_RESERVED } else { L2_RESERVED | ZERO };
+    let zero = if layout.extended_l2 { 0 } else { raw & ZERO & !reserved };
     let emptied = Entry { at, raw: zero, bitmap: bitmap & !BITMAP_ALLOCATED };
     let mut rounded_bitmap = 0;
     let mut wrong = None;
-    if !matches!(cluster, Cluster::Compressed { .. }) && raw & L2_RESERVED != 0 {
+    if !matches!(cluster, Cluster::Compressed { .. }) && raw & reserved != 0 {
         observer.found(Finding::L2Bits(raw));
         scanned.wrong(named.total);
-        mended.raw &= !L2_RESERVED;
+        mended.raw &= !reserved;
         wrong = Some(Wrong::Bits);
     }
     match cluster {

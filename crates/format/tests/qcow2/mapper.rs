@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rand::Rng;
 use readonce_format::{
     CommitMode, Durability, Extent, FormatError, Mapping, Room, WritableMapper,
-    driver::{SnapshotChange, driver},
+    driver::{Repair, SnapshotChange, driver},
 };
 use readonce_storage::{
     ReadAt, SimFile, Storage, TokioRuntime,
@@ -442,6 +442,67 @@ fn a_corrupt_image_is_not_written() {
 fn word(file: &SimFile, table: u64, index: u64) -> u64 {
     let at = (table + index * 8) as usize;
     u64::from_be_bytes(file.contents()[at..at + 8].try_into().unwrap())
+}
+
+/// Closes an image, and sets the zero flag of its first L2 entry.
+async fn with_zero_flag(shape: &Shape) -> (Files, Model) {
+    let mut guest = Guest::new(shape).await;
+    guest.write(0, 300).await.unwrap();
+    guest.mapper.close().await.unwrap();
+    let file = guest.files.image.clone();
+    let l2 = word(&file, word(&file, 40, 0), 0) & 0x00ff_ffff_ffff_fe00;
+    let entry = word(&file, l2, 0) | 1;
+    file.write(l2, entry.to_be_bytes().to_vec().into()).await.unwrap();
+    (guest.files, guest.model)
+}
+
+#[test]
+fn a_zero_flag_beside_bitmaps_is_not_heeded() {
+    block_on(async {
+        let (files, model) = with_zero_flag(&UNITS).await;
+        assert_eq!(wrong(&files.image).await, (0, 0));
+        let mut guest = Guest::open(files, model).await.unwrap();
+        guest.check_reads().await;
+        guest.write(1, 3).await.unwrap();
+        guest.mapper.close().await.unwrap();
+        guest.check_reads().await;
+    });
+}
+
+#[test]
+fn a_zero_flag_in_version_2_is_told_and_mended() {
+    block_on(async {
+        let (files, model) = with_zero_flag(&Shape { version: 2, ..SMALL }).await;
+        assert_eq!(wrong(&files.image).await, (1, 0));
+        let storage: Arc<dyn Storage> = files.image.clone();
+        let report = qcow2().repair(&storage, Repair::All).await.unwrap();
+        assert_eq!((report.corruptions, report.corruptions_fixed), (0, 1));
+        Guest::open(files, model).await.unwrap().check_reads().await;
+    });
+}
+
+/// An image that a repair had left so would have become a file of gigabytes, most of them a hole, with the first write.
+#[test]
+fn a_refcount_block_that_counts_nothing_does_not_move_the_end() {
+    block_on(async {
+        let mut guest = Guest::new(&SMALL).await;
+        guest.write(0, 8).await.unwrap();
+        guest.mapper.close().await.unwrap();
+        let file = guest.files.image.clone();
+        let end = file.len().next_multiple_of(CLUSTER);
+        let refcounts = word(&file, 48, 0);
+        let block = word(&file, refcounts, 0);
+        file.set_len(end + CLUSTER).await.unwrap();
+        file.write(block + end / CLUSTER * 2, vec![0, 1].into()).await.unwrap();
+        file.write(refcounts + CLUSTER - 8, end.to_be_bytes().to_vec().into()).await.unwrap();
+        assert_eq!(wrong(&file).await, (0, 0));
+        let mut guest = Guest::open(guest.files, guest.model).await.unwrap();
+        guest.write(100, 8).await.unwrap();
+        guest.mapper.close().await.unwrap();
+        assert!(file.len() < 1 << 20, "{}", file.len());
+        assert_eq!(wrong(&file).await, (0, 0));
+        guest.check_reads().await;
+    });
 }
 
 #[test]
