@@ -12,7 +12,7 @@ use std::{collections::BTreeSet, sync::Arc};
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use readonce_disk::{Disk, Top};
-use readonce_format::driver::SnapshotChange;
+use readonce_format::driver::{Repair, SnapshotChange};
 use readonce_storage::sim::{Fault, Lasts};
 
 use crate::{
@@ -20,7 +20,7 @@ use crate::{
     guest::{self, Faults, Guest, Shared},
     model::{Ended, Model},
     plan::Op,
-    shape::{Layout, Remote, Shape},
+    shape::{Formats, Layout, Remote, Shape},
     verdict::{Flags, Leaks, Look, Qemu, judge},
     world::{Disks, OpenAs, Wanted, World},
 };
@@ -83,31 +83,20 @@ pub fn some(wanted: impl Fn(&str) -> bool, mut tell: impl FnMut(String)) -> Coun
     all
 }
 
-/// Runs all.
-pub fn all(mut tell: impl FnMut(String)) {
-    let counts = some(|_| true, &mut tell);
+/// Runs those of some formats.
+pub fn all(formats: Formats, mut tell: impl FnMut(String)) {
+    let counts = some(|name| formats.has(name.split(' ').next().unwrap_or_default()), &mut tell);
     tell(format!("{} crash points, {} disks, each checked and read back", counts.points, counts.states));
 }
 
 fn layouts() -> Vec<Layout> {
-    let qcow2 = |cluster_size, options: &[(&'static str, &str)]| Layout {
-        format: "qcow2",
-        options: options.iter().map(|&(name, value)| (name, value.to_owned())).collect(),
-        cluster_size,
-        data_file: false,
-        snapshots: true,
-        packed: false,
-        lazy: options.iter().any(|(name, _)| *name == "lazy_refcounts"),
+    let of = |format, cluster_size, options: &[(&'static str, &str)]| {
+        let mut layout = Layout::plain(format, cluster_size);
+        options.iter().for_each(|(name, value)| layout.set(name, value));
+        layout
     };
-    let qed = Layout {
-        format: "qed",
-        options: vec![("table_size", "1".into())],
-        cluster_size: 4096,
-        data_file: false,
-        snapshots: false,
-        packed: false,
-        lazy: false,
-    };
+    let qcow2 = |cluster_size, options: &[(&'static str, &str)]| of("qcow2", cluster_size, options);
+    let qed = of("qed", 4096, &[("table_size", "1")]);
     vec![
         qed,
         qcow2(4096, &[]),
@@ -130,6 +119,7 @@ fn scripts(layout: &Layout) -> Vec<Script> {
         size: clusters * layout.cluster_size,
         backing_len: clusters * layout.cluster_size,
         cell,
+        pinned_late: false,
     };
     let script = |name, before, act| Script { name, shape: shape(12), before, act, may_have: None };
     let one = |ops: Vec<Op>, close| Act::Guests(vec![ops], close);
@@ -181,7 +171,7 @@ fn scripts(layout: &Layout) -> Vec<Script> {
             ),
         ),
         script("open and close", vec![left_open()], one(vec![Op::Pause(10_000)], Close::Yes)),
-        script("repair", vec![left_open()], Act::Change(Wanted::Repair)),
+        script("repair", vec![left_open()], Act::Change(Wanted::Repair(Repair::All))),
         script("another backing name", vec![filled()], Act::Change(Wanted::Name(1))),
     ];
     let size = 300 * layout.cluster_size;

@@ -151,6 +151,7 @@ fn parse(line: &str) -> Figures {
         closes: next(),
         refusals: next(),
         cut_changes: next(),
+        mended: next(),
         faults: next(),
         polls: next(),
         working: Duration::from_nanos(next()),
@@ -179,11 +180,11 @@ pub fn work(args: &Args, watch: Watch) -> ExitCode {
         figures.add(&outcome.figures);
         seed = seed.saturating_add(args.step);
     }
-    let Figures { runs, ops, crashes, closes, refusals, cut_changes, faults, polls, working, whole } =
+    let Figures { runs, ops, crashes, closes, refusals, cut_changes, mended, faults, polls, working, whole } =
         figures;
     let (working, whole) = (working.as_nanos(), whole.as_nanos());
     println!(
-        "figures {runs} {ops} {crashes} {closes} {refusals} {cut_changes} {faults} {polls} {working} {whole}"
+        "figures {runs} {ops} {crashes} {closes} {refusals} {cut_changes} {mended} {faults} {polls} {working} {whole}"
     );
     ExitCode::SUCCESS
 }

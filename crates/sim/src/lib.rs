@@ -3,7 +3,7 @@
 //! - `exec`: a seeded executor with invented time. `model`: what each cell may read as. `stamp`: bytes that say what they are.
 //! - `shape`, `plan`: what is drawn: images, requests, faults. `run`: doing it. `verdict`: what must be true afterwards.
 //! - `world`: the files and the chain. `remote`, `server`: what the origin holds, and HTTP without a network. `guest`: requests.
-//! - `bug`: bugs made by hand, which must be found.
+//! - `damage`: images that something else broke. `bug`: bugs made by hand, which must be found.
 //!
 //! Unchanged under it: `disk`, `format`, and `origin` down to its transport. Not here: threads (`disk/tests/schedules.rs`),
 //! real files, sockets and processes.
@@ -14,6 +14,7 @@
 )]
 
 pub mod bug;
+pub mod damage;
 pub mod exec;
 pub mod exhaustive;
 pub mod guest;

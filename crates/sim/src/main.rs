@@ -84,7 +84,7 @@ fn main() -> ExitCode {
     }
     let watch = Watch { bug: args.bug, qemu_every: args.qemu_every };
     if args.exhaustive {
-        exhaustive::all(|told| println!("{told}"));
+        exhaustive::all(args.format, |told| println!("{told}"));
         return ExitCode::SUCCESS;
     }
     if args.worker {
@@ -118,13 +118,14 @@ fn print(figures: &Figures) {
     let rate = |time: Duration| figures.ops as f64 / time.as_secs_f64().max(1e-9);
     println!(
         "{} runs, {} guest operations, {} power losses while guests were at work, {} while images were changed, {} clean closes, \
-         {} images refused by their disk, {} faults",
+         {} images refused by their disk, {} damaged images repaired, {} faults",
         figures.runs,
         figures.ops,
         figures.crashes,
         figures.cut_changes,
         figures.closes,
         figures.refusals,
+        figures.mended,
         figures.faults
     );
     println!(

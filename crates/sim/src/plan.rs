@@ -91,8 +91,16 @@ pub enum Change {
     Delete(u64),
     /// Gives the backing another name for the same bytes.
     Rename,
-    /// Repairs leaks.
+    /// Repairs all.
     Repair,
+    /// Repairs leaks.
+    FreeLeaks,
+    /// Says whether the image is to be filled.
+    CopyOnRead(bool),
+    /// Asks for what may be refused, drawn from this; of copies.
+    Ask(u64),
+    /// Damages the image, drawn from this, and repairs it.
+    Damage(u64),
 }
 
 /// A change of a closed image, after which the power goes; or in the middle of it, where it meets a fault of its disk.
@@ -280,7 +288,11 @@ impl Draw {
                 .collect(),
             origin_faults: (0..origin_faults)
                 .map(|_| {
-                    let fault = (self.rng.random_range(0..30), self.origin_fault());
+                    let mut fault = (self.rng.random_range(0..30), self.origin_fault());
+                    if shape.pinned_late && matches!(fault.1, OriginFault::Changed(_)) {
+                        // Whatever is there first is the version.
+                        fault.1 = OriginFault::Reset;
+                    }
                     self.numbered(fault)
                 })
                 .collect(),
@@ -351,13 +363,17 @@ impl Draw {
     }
 
     fn change(&mut self) -> Change {
-        match self.rng.random_range(0..10) {
-            0..2 => Change::Grow(self.rng.random_range(1..200)),
-            2..5 => Change::Snapshot,
-            5 => Change::Apply(self.rng.random_range(0..8)),
-            6..8 => Change::Delete(self.rng.random_range(0..8)),
-            8 => Change::Rename,
-            _ => Change::Repair,
+        match self.rng.random_range(0..30) {
+            0..5 => Change::Grow(self.rng.random_range(1..200)),
+            5..12 => Change::Snapshot,
+            12..15 => Change::Apply(self.rng.random_range(0..8)),
+            15..20 => Change::Delete(self.rng.random_range(0..8)),
+            20..22 => Change::Rename,
+            22..24 => Change::Repair,
+            24 => Change::FreeLeaks,
+            25 => Change::CopyOnRead(self.rng.random()),
+            26..28 => Change::Ask(self.rng.random()),
+            _ => Change::Damage(self.rng.random()),
         }
     }
 

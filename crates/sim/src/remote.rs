@@ -26,21 +26,26 @@ pub fn file(remote: Remote, version: u64, len: u64, cell: u64) -> Bytes {
     let mut guest = vec![0; len as usize];
     stamp::fill(&mut guest, cell, 0, |at| stamp::of_backing(version, at));
     match remote {
+        Remote::Nothing => Bytes::new(),
         Remote::Raw => guest.into(),
-        Remote::Qcow2 => image(&guest, Packing::Plain, Zeros::Said),
-        Remote::Compressed => image(&guest, Packing::Compressed, Zeros::Said),
+        Remote::Qcow2(packing) => image(&guest, packing, Zeros::Said),
     }
 }
 
-/// A qcow2 image without a backing in which clusters of zeros are absent and the others compressed.
-pub fn packed(guest: &[u8]) -> Bytes {
-    image(guest, Packing::Compressed, Zeros::Absent)
+/// A qcow2 image without a backing in which clusters of zeros are absent and the others packed.
+pub fn packed(guest: &[u8], packing: Packing) -> Bytes {
+    image(guest, packing, Zeros::Absent)
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Packing {
+/// How an image holds its clusters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Packing {
+    /// As they are.
     Plain,
-    Compressed,
+    /// Compressed, each by itself.
+    Deflate,
+    /// The same, by another method.
+    Zstd,
 }
 
 /// What stands for a cluster of zeros.
@@ -89,9 +94,11 @@ fn image(guest: &[u8], packing: Packing, zeros: Zeros) -> Bytes {
         let mut whole = bytes.to_vec();
         whole.resize(CLUSTER, 0);
         let packed = match packing {
-            Packing::Compressed => Some(deflate(&whole)).filter(|packed| packed.len() < CLUSTER),
+            Packing::Deflate => Some(deflate(&whole)),
+            Packing::Zstd => Some(zstd::bulk::compress(&whole, 1).expect("memory takes it")),
             Packing::Plain => None,
         };
+        let packed = packed.filter(|packed| packed.len() < CLUSTER);
         match packed {
             Some(packed) => {
                 let at = file.len();
@@ -126,6 +133,12 @@ fn image(guest: &[u8], packing: Packing, zeros: Zeros) -> Bytes {
     // Refcounts of 16 bits; the header's length.
     put_u32(&mut file, 96, 4);
     put_u32(&mut file, 100, 104);
+    if packing == Packing::Zstd {
+        // An incompatible feature: a field of its own names the method.
+        put_u64(&mut file, 72, 1 << 3);
+        put_u32(&mut file, 100, 112);
+        file[104] = 1;
+    }
     file.into()
 }
 

@@ -2,7 +2,10 @@
 //!
 //! - What is wrong panics, with words for it. The same plan gives the same run, to the byte: its digest says so.
 //!
-//! Not here: what is drawn (`plan`), what must be true afterwards (`verdict`).
+//! Not here: what is drawn (`plan`), what must be true afterwards (`verdict`), images that are damaged (`mending`).
+
+mod asking;
+mod mending;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,7 +16,7 @@ use std::{
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use readonce_disk::{Disk, LayerError, Top};
-use readonce_format::driver::SnapshotChange;
+use readonce_format::driver::{Repair, SnapshotChange};
 use readonce_storage::{
     ReadAt, Storage,
     sim::{Fault, NowCalls},
@@ -25,6 +28,8 @@ use crate::{
     guest::{self, Faults, Guest, Shared, hits},
     model::{Ended, Model},
     plan::{Change, Changing, End, Plan, Session, Which},
+    remote::Packing,
+    shape::Remote,
     verdict::{Flags, Leaks, Look, Qemu, judge},
     world::{Disks, OpenAs, Opened, Wanted, World},
 };
@@ -50,6 +55,8 @@ pub struct Figures {
     pub refusals: u64,
     /// Changes of closed images that a fault or a power loss cut off.
     pub cut_changes: u64,
+    /// Damaged images that were repaired.
+    pub mended: u64,
     /// Faults of disks and origin that were met.
     pub faults: u64,
     /// Steps of the executor while guests were at work.
@@ -69,6 +76,7 @@ impl Figures {
         self.closes += other.closes;
         self.refusals += other.refusals;
         self.cut_changes += other.cut_changes;
+        self.mended += other.mended;
         self.faults += other.faults;
         self.polls += other.polls;
         self.working += other.working;
@@ -184,7 +192,8 @@ impl Run {
         };
         let closed = match (opened, session.end) {
             (Err(error), _) => {
-                assert!(faults.disk(), "the images do not open: {error}");
+                let unpinned = self.world.shape.pinned_late && server.fault_hits() > 0;
+                assert!(faults.disk() || unpinned, "the images do not open: {error}");
                 self.figures.refusals += 1;
                 false
             }
@@ -216,7 +225,7 @@ impl Run {
             server.fault_hits() + self.disks.all().map(|file| file.fault_hits()).sum::<u64>();
         // What was cut off is reclaimed by the next close, but for a refcount that is too high beside references: of a snapshot, or of
         // several compressed clusters.
-        let counts = self.snapshots_made > 0 || self.world.shape.top.packed;
+        let counts = self.snapshots_made > 0 || self.world.shape.top.packed != Packing::Plain;
         self.leaky |= counts && (!closed || faults.disk());
         let leaks = if self.leaky || !closed { Leaks::Allowed } else { Leaks::None };
         self.disks = self.disks.map(|file| file.crash(each.random()));
@@ -290,7 +299,9 @@ impl Run {
     }
 
     fn look(&mut self, leaks: Leaks, may_have: Option<u64>) {
-        let ask = self.watch.qemu_every > 0 && self.rng.random_range(0..self.watch.qemu_every.max(1)) == 0;
+        // Drawn in any case: whoever is asked, the same seed is the same run.
+        let draw: u32 = self.rng.random();
+        let ask = self.watch.qemu_every > 0 && draw.is_multiple_of(self.watch.qemu_every);
         let qemu = if ask { Qemu::Ask } else { Qemu::Leave };
         let look = Look { seed: self.rng.random(), leaks, flags: self.flags, qemu, may_have };
         judge(&self.world, &self.disks, &self.shared, look);
@@ -298,6 +309,11 @@ impl Run {
 
     /// A change of a closed image. Whether it did what it should is seen by the next look.
     fn change(&mut self, changing: &Changing) {
+        match changing.change {
+            Change::Damage(seed) => return self.damage(seed, changing.fault.as_ref()),
+            Change::Ask(seed) => return self.ask(seed),
+            _ => {}
+        }
         let Some(wanted) = self.wanted(changing.change) else { return };
         let changed_file = match wanted {
             Wanted::Name(_) => self.disks.file(Which::Middle),
@@ -318,7 +334,7 @@ impl Run {
         self.leaky |= met;
         match wanted {
             Wanted::Snapshot(_) if met && self.world.shape.top.is_version_2() => self.flags = Flags::MayLag,
-            Wanted::Repair if changed.is_ok() => self.flags = Flags::Right,
+            Wanted::Repair(Repair::All) if changed.is_ok() => self.flags = Flags::Right,
             _ => {}
         }
         self.figures.cut_changes += u64::from(changed.is_err());
@@ -334,6 +350,9 @@ impl Run {
     /// What a change asks of the format, if it can be asked now.
     fn wanted(&mut self, change: Change) -> Option<Wanted> {
         let layout = &self.world.shape.top;
+        if layout.format == "raw" && !matches!(change, Change::Grow(_)) {
+            return None;
+        }
         let wanted = match change {
             Change::Grow(sectors) => {
                 let old = self.shared.lock().model.cell_count() * self.world.shape.cell;
@@ -343,11 +362,16 @@ impl Run {
                 }
                 Wanted::Size(old + sectors * 512)
             }
+            Change::CopyOnRead(_) | Change::Rename if !self.world.shape.is_backed() => return None,
+            Change::Rename if self.world.shape.remote == Remote::Nothing => return None,
+            Change::CopyOnRead(on) => Wanted::CopyOnRead(on),
+            Change::Damage(_) | Change::Ask(_) => return None,
             Change::Rename => {
                 self.renames += 1;
                 Wanted::Name(self.renames)
             }
-            Change::Repair => Wanted::Repair,
+            Change::Repair => Wanted::Repair(Repair::All),
+            Change::FreeLeaks => Wanted::Repair(Repair::Leaks),
             Change::Snapshot | Change::Apply(_) | Change::Delete(_) if !layout.snapshots => return None,
             Change::Snapshot if self.snapshots.len() >= layout.snapshots_max() => return None,
             Change::Snapshot => {

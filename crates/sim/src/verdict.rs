@@ -2,8 +2,8 @@
 //!
 //! - The format's own check finds nothing broken; sampled, `qemu-img check` finds the same.
 //! - Where qcow2's incompatible dirty bit is set, refcounts and flags may say anything, and a repair leaves nothing of that.
-//! - Version 2 has no such bit. A change of its snapshots that was cut off may leave leaks, and COPIED flags missing where the refcount
-//!   is 1: those are counted here, and nothing else may be wrong. No flag where the refcount is above 1, no reference without a refcount.
+//! - Version 2 has no such bit. A change of its snapshots that was cut off, or damage to any image, may leave leaks, and COPIED flags
+//!   missing where the refcount is 1: those are counted here, and nothing else may be wrong. No flag where the refcount is above 1, no reference without a refcount.
 //! - Opened again, every cell reads as the model says. What looking does to the image is not kept.
 //!
 //! Not here: what the model says (`model`).
@@ -13,9 +13,8 @@ use std::{process::Command, sync::Arc};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
-use readonce_disk::{Image, Source};
+use readonce_disk::{BlockDevice, DeviceError, Disk, Top, ZeroMode};
 use readonce_format::driver::{CheckReport, Repair};
-use readonce_origin::Class;
 use readonce_storage::{ReadAt, SimFile, Storage};
 
 use crate::{
@@ -39,7 +38,8 @@ pub enum Leaks {
 pub enum Flags {
     /// Not one.
     Right,
-    /// Until a repair: a change of the snapshots was cut off, and version 2 of qcow2 has no bit that says so.
+    /// Until a repair: a change of the snapshots was cut off, and version 2 of qcow2 has no bit that says so; or damage left
+    /// two entries with one cluster, which lack the flag when one of them is written.
     MayLag,
 }
 
@@ -81,14 +81,25 @@ pub fn judge(world: &Arc<World>, disks: &Disks, shared: &Arc<Mutex<Shared>>, loo
         check(&exec, &middle.layout, file, look);
     }
     let how = OpenAs { copy_on_read: rng.random(), budget: 64 << 20 };
+    let read_only = rng.random_range(0..4) == 0;
     let step = 1 << rng.random_range(9..17);
     let bytes = {
         let (world, inner, server) = (Arc::clone(world), Arc::clone(&exec), world.server(exec.rt(), 0));
         exec.run(async move {
-            let opened = world.open(&copy, &inner, &server, how).await.expect("the images open");
-            let bytes = read_all(&opened.top, step).await;
+            let top = if read_only {
+                let opened = world.open_to_read(&copy, &inner, &server).await;
+                let (source, size) = opened.expect("the images open");
+                Top::Base(source, size)
+            } else {
+                Top::Image(world.open(&copy, &inner, &server, how).await.expect("the images open").top)
+            };
+            let disk = Disk::new(top, read_only);
+            let bytes = read_all(&disk, step).await;
+            if read_only {
+                is_untouched(&disk, &copy).await;
+            }
             // Its tasks are dropped; nothing is owed to them.
-            (bytes, opened.top.size())
+            (bytes, disk.size())
         })
     };
     exec.power_off();
@@ -104,27 +115,49 @@ pub fn judge(world: &Arc<World>, disks: &Disks, shared: &Arc<Mutex<Shared>>, loo
     shared.model.end_restart();
 }
 
-async fn read_all(image: &Arc<Image>, step: u64) -> Bytes {
-    let size = image.size();
-    let mut all = vec![0; size as usize];
-    let mut at = 0;
-    while at < size {
-        let len = step.min(size - at);
-        let mut place = |from: u64, bytes: Bytes| {
-            all[from as usize..from as usize + bytes.len()].copy_from_slice(&bytes);
-        };
-        image.fetch(at..at + len, Class::Demand, &mut place).await.expect("all of it can be read");
-        at += len;
+async fn read_all(disk: &Disk, step: u64) -> Bytes {
+    let size = disk.size();
+    let mut all = Vec::with_capacity(size as usize);
+    while (all.len() as u64) < size {
+        let at = all.len() as u64;
+        let len = step.min(size - at) as usize;
+        let mut part = vec![0xee; len];
+        match disk.read_now(at, &mut part) {
+            Some(read) => read.expect("all of it can be read"),
+            None => part = disk.read(at, len).await.expect("all of it can be read").into(),
+        }
+        all.extend(part);
     }
     all.into()
 }
 
-fn check(exec: &Arc<Exec>, layout: &Layout, file: &Arc<SimFile>, look: Look) {
+/// What was opened to be read cannot be written, and was not.
+async fn is_untouched(disk: &Disk, disks: &Disks) {
+    let refused = |result| assert!(matches!(result, Err(DeviceError::ReadOnly)), "{result:?}");
+    let cell = 512.min(disk.size());
+    let mode = ZeroMode { keep_space: false, only_if_fast: false };
+    assert!(disk.read_only());
+    refused(disk.write(0, vec![1; cell as usize].into()).await);
+    refused(disk.write_zeroes(0, cell, mode).await);
+    refused(disk.trim(0, cell).await);
+    disk.flush().await.expect("nothing is owed");
+    disk.cache(0, disk.size()).await.expect("nothing is kept");
+    let status = disk.status(0, disk.size(), 16).await.expect("it can be read");
+    assert!(status.iter().all(|extent| extent.len > 0) && !status.is_empty());
+    assert_eq!(disks.top.unsynced_count(), 0, "reading writes nothing");
+}
+
+pub(crate) fn check(exec: &Arc<Exec>, layout: &Layout, file: &Arc<SimFile>, look: Look) {
+    if layout.format == "raw" {
+        // Nothing in it could be wrong.
+        return;
+    }
     let asked = layout.clone();
     let mended = Arc::new(file.crash_with(|_| true));
     let storage: Arc<dyn Storage> = mended.clone();
     let description = exec.run(async move {
         let description = asked.describe(&storage).await.expect("it is an image");
+        asked.is_described(&description);
         let dirty_refcounts = asked.format == "qcow2" && description.dirty;
         if dirty_refcounts || look.flags == Flags::MayLag {
             let report = asked.driver().repair(&storage, Repair::All).await.expect("the repair runs");
@@ -159,24 +192,28 @@ fn assert_sound(report: &CheckReport, leaks: Leaks, missing: u64, who: &str) {
     }
 }
 
-/// COPIED flags that are missing in the active tables of a qcow2 image of version 2, by a walk of our own; 0 for any other image.
+/// COPIED flags that are missing in the active tables of a qcow2 image, by a walk of our own; 0 for any other image.
 fn flags_missing(file: &SimFile) -> u64 {
     let bytes = file.contents();
     let number = |at: u64, len: usize| -> u64 {
         let field = bytes.get(at as usize..).and_then(|rest| rest.get(..len)).unwrap_or_default();
         field.iter().fold(0, |value, &byte| value << 8 | u64::from(byte))
     };
-    if !bytes.starts_with(b"QFI\xfb") || number(4, 4) != 2 {
+    if !bytes.starts_with(b"QFI\xfb") {
         return 0;
     }
+    let version_2 = number(4, 4) == 2;
+    let (order, features) = if version_2 { (4, 0) } else { (number(96, 4), number(72, 8)) };
+    let entry_bytes = if features & 1 << 4 != 0 { 16 } else { 8 };
     let cluster_size = 1 << number(20, 4);
     let refcount_table = number(48, 8);
     let refcount = |at: u64| {
-        // Two bytes each.
-        let (cluster, per_block) = (at / cluster_size, cluster_size / 2);
+        let (cluster, per_block) = (at / cluster_size, (cluster_size * 8) >> order);
+        let bit = (cluster % per_block) << order;
         match number(refcount_table + cluster / per_block * 8, 8) {
             0 => 0,
-            block => number(block + cluster % per_block * 2, 2),
+            block if order >= 3 => number(block + bit / 8, 1 << (order - 3)),
+            block => number(block + bit / 8, 1) >> (bit % 8) & ((1 << (1 << order)) - 1),
         }
     };
     let (copied, compressed, offset) = (1 << 63, 1 << 62, 0x00ff_ffff_ffff_fe00);
@@ -191,7 +228,10 @@ fn flags_missing(file: &SimFile) -> u64 {
         missing += lacks(entry);
         let table = entry & offset;
         if table != 0 {
-            missing += (table..table + cluster_size).step_by(8).map(|at| lacks(number(at, 8))).sum::<u64>();
+            missing += (table..table + cluster_size)
+                .step_by(entry_bytes)
+                .map(|at| lacks(number(at, 8)))
+                .sum::<u64>();
         }
     }
     missing

@@ -11,7 +11,9 @@ use readonce_disk::{
 };
 use readonce_format::{
     Driver, FormatError,
-    driver::{BackingRef, CreateSpec, Description, HeaderChange, Pin, Repair, SnapshotChange, driver},
+    driver::{
+        BackingRef, CreateSpec, Description, Detail, HeaderChange, Pin, Repair, SnapshotChange, driver,
+    },
 };
 use readonce_origin::{HttpOrigin, Origin, OriginOptions, Reach, Validator, Version};
 use readonce_storage::{ReadAt, Rt, SimFile, Storage, runtime::timeout};
@@ -21,7 +23,7 @@ use crate::{
     bug::{self, Bug},
     exec::Exec,
     plan::Which,
-    remote,
+    remote::{self, Packing},
     server::{Served, Server},
     shape::{Layout, Remote, Shape},
     stamp,
@@ -141,12 +143,22 @@ impl World {
         self.version.len
     }
 
-    fn backing_ref(&self, name: usize) -> BackingRef {
+    /// The remote file by its nth name, if there is one.
+    fn backing_ref(&self, name: usize) -> Option<BackingRef> {
         let format = match self.shape.remote {
+            Remote::Nothing => return None,
             Remote::Raw => "raw",
-            Remote::Qcow2 | Remote::Compressed => "qcow2",
+            Remote::Qcow2(_) => "qcow2",
         };
-        BackingRef { name: format!("http://sim{}", NAMES[name % NAMES.len()]), format: Some(format.into()) }
+        let name = format!("http://sim{}", NAMES[name % NAMES.len()]);
+        Some(BackingRef { name, format: Some(format.into()) })
+    }
+
+    /// What an image has behind it that names the remote file: that, and the version.
+    fn behind(&self) -> (Option<BackingRef>, Option<Pin>) {
+        let backing = self.backing_ref(0);
+        let pin = (backing.is_some() && !self.shape.pinned_late).then(|| self.pin());
+        (backing, pin)
     }
 
     fn pin(&self) -> Pin {
@@ -156,32 +168,32 @@ impl World {
     /// Makes the images; returns what the guests must see in them.
     pub async fn create(&self, disks: &Disks, exec: &Arc<Exec>) -> Vec<u64> {
         let shape = &self.shape;
+        let remote_len = if shape.remote == Remote::Nothing { 0 } else { shape.backing_len };
         let mut seen: Vec<u64> = (0..shape.size / shape.cell)
-            .map(
-                |at| if at * shape.cell < shape.backing_len { stamp::of_backing(1, at) } else { stamp::ZERO },
-            )
+            .map(|at| if at * shape.cell < remote_len { stamp::of_backing(1, at) } else { stamp::ZERO })
             .collect();
         if let (Some(middle), Some(file)) = (&shape.middle, &disks.middle) {
             let file: Arc<dyn Storage> = file.clone();
-            let backing = Some(self.backing_ref(0));
-            middle.layout.create(&file, None, shape.backing_len, backing, Some(self.pin())).await;
+            middle.layout.create(&file, None, shape.backing_len, self.behind()).await;
             self.write_some(file, &middle.layout, exec, &mut seen).await;
         }
         let file: Arc<dyn Storage> = disks.top.clone();
         let data: Option<Arc<dyn Storage>> = disks.data.clone().map(|data| data as Arc<dyn Storage>);
-        let (backing, pin) = match &shape.middle {
+        let behind = match &shape.middle {
             Some(middle) => {
                 let format = Some(middle.layout.format.into());
-                (BackingRef { name: "middle.img".into(), format }, None)
+                (Some(BackingRef { name: "middle.img".into(), format }), None)
             }
-            None => (self.backing_ref(0), Some(self.pin())),
+            None => self.behind(),
         };
-        if shape.top.packed {
-            self.pack_some(&file, &mut seen).await;
-            let change = HeaderChange::Backing(Some(backing), pin);
+        if shape.top.packed == Packing::Plain {
+            shape.top.create(&file, data.as_ref(), shape.size, behind).await;
+            return seen;
+        }
+        self.pack_some(&file, &mut seen).await;
+        if let (backing @ Some(_), pin) = behind {
+            let change = HeaderChange::Backing(backing, pin);
             shape.top.driver().change(&file, &change).await.expect("the image has room for a name");
-        } else {
-            shape.top.create(&file, data.as_ref(), shape.size, Some(backing), pin).await;
         }
         seen
     }
@@ -199,7 +211,7 @@ impl World {
             stamp::fill(&mut guest[place], cell, first, of);
             (first..end).for_each(|at| seen[at as usize] = of(at));
         }
-        file.write(0, remote::packed(&guest)).await.expect("the disk has room");
+        file.write(0, remote::packed(&guest, self.shape.top.packed)).await.expect("the disk has room");
         file.sync().await.expect("the disk is well");
     }
 
@@ -235,22 +247,15 @@ impl World {
         how: OpenAs,
     ) -> Result<Opened, FormatError> {
         let mut middle = None;
-        let backing: Arc<dyn Source> = match (&self.shape.middle, &disks.middle) {
+        let backing: Option<Arc<dyn Source>> = match (&self.shape.middle, &disks.middle) {
             (Some(layer), Some(file)) if layer.fills => {
                 let remote = self.remote(&layer.layout, file, exec, server).await?;
                 let options = ImageOptions { copy_on_read: true, ..ImageOptions::default() };
                 let image = self.open_image(&layer.layout, (file, None), remote, exec, options).await?;
                 middle = Some(Arc::clone(&image));
-                image
+                Some(image)
             }
-            (Some(layer), Some(file)) => {
-                let remote = self.remote(&layer.layout, file, exec, server).await?;
-                let file = Arc::new(Local(file.clone()));
-                let own: Arc<dyn ReadAt> = file.clone();
-                let mapper = layer.layout.driver().open(own.clone()).await?;
-                Arc::new(Base::new(mapper, BaseFiles { own, data: file }, Some(remote), &exec.rt()))
-            }
-            _ => self.remote(&self.shape.top, &disks.top, exec, server).await?,
+            _ => self.below(disks, exec, server).await?,
         };
         let options = ImageOptions {
             copy_on_read: how.copy_on_read,
@@ -261,11 +266,44 @@ impl World {
         Ok(Opened { top, middle })
     }
 
+    /// Opens the images for reading alone.
+    ///
+    /// # Errors
+    /// Of the format, or of a disk that died.
+    pub async fn open_to_read(
+        &self,
+        disks: &Disks,
+        exec: &Arc<Exec>,
+        server: &Arc<Server>,
+    ) -> Result<(Arc<dyn Source>, u64), FormatError> {
+        let backing = self.below(disks, exec, server).await?;
+        let data = disks.data.as_ref().unwrap_or(&disks.top);
+        let top = base(&self.shape.top, &disks.top, data, backing, exec).await?;
+        let size = top.size().await.map_err(other)?;
+        Ok((top, size))
+    }
+
+    /// What is behind the top, to be read.
+    async fn below(
+        &self,
+        disks: &Disks,
+        exec: &Arc<Exec>,
+        server: &Arc<Server>,
+    ) -> Result<Option<Arc<dyn Source>>, FormatError> {
+        match (&self.shape.middle, &disks.middle) {
+            (Some(layer), Some(file)) => {
+                let remote = self.remote(&layer.layout, file, exec, server).await?;
+                Ok(Some(base(&layer.layout, file, file, remote, exec).await?))
+            }
+            _ => self.remote(&self.shape.top, &disks.top, exec, server).await,
+        }
+    }
+
     async fn open_image(
         &self,
         layout: &Layout,
         (own, data): (&Arc<SimFile>, Option<&Arc<SimFile>>),
-        backing: Arc<dyn Source>,
+        backing: Option<Arc<dyn Source>>,
         exec: &Arc<Exec>,
         options: ImageOptions,
     ) -> Result<Arc<Image>, FormatError> {
@@ -274,7 +312,7 @@ impl World {
         let mapper = layout.driver().open_writable(own.clone(), data.clone(), exec.rt()).await?;
         let mapper = bug::mapper(self.bug, mapper);
         let files = ImageFiles { own: own.clone(), data: data.unwrap_or(own) };
-        let image = Image::new(mapper, files, Some(backing), exec.rt(), options);
+        let image = Image::new(mapper, files, backing, exec.rt(), options);
         image.start_reclaim();
         Ok(image)
     }
@@ -286,17 +324,24 @@ impl World {
         file: &Arc<SimFile>,
         exec: &Arc<Exec>,
         server: &Arc<Server>,
-    ) -> Result<Arc<dyn Source>, FormatError> {
+    ) -> Result<Option<Arc<dyn Source>>, FormatError> {
         let description = layout.describe(&(file.clone() as Arc<dyn Storage>)).await?;
+        if self.shape.remote == Remote::Nothing {
+            assert_eq!(description.backing, None, "it was made without one");
+            return Ok(None);
+        }
         let backing = description.backing.expect("it was made with one");
-        let pin = description.pin.expect("the pin is kept");
-        assert!(
-            description.only_readonce_wrote != Some(false) || !layout.is_pinned_for_good(),
-            "nobody else wrote"
-        );
+        let url = Url::parse(&backing.name).expect("we wrote it");
+        let pin = match description.pin {
+            Some(pin) => {
+                let foreign = description.only_readonce_wrote == Some(false);
+                assert!(!foreign || !layout.is_pinned_for_good(), "nobody else wrote");
+                pin
+            }
+            None => self.pin_now(layout, file, &url, exec, server).await?,
+        };
         let version = Version::decode(&pin.validator, pin.len).expect("we encoded it");
         assert_eq!(version, self.version, "the pin is kept");
-        let url = Url::parse(&backing.name).expect("we wrote it");
         let (server, rt) = (Arc::clone(server), exec.rt());
         let lazy = Lazy::new(Box::new(move || {
             let options = OriginOptions {
@@ -308,8 +353,44 @@ impl World {
             Box::pin(async move { open_remote(server, &url, options, format.as_deref(), rt).await })
         }));
         let _ = timeout(&exec.rt(), Duration::from_secs(20), lazy.source()).await;
-        Ok(Indexed::new(Arc::new(lazy)))
+        Ok(Some(Indexed::new(Arc::new(lazy))))
     }
+
+    /// Pins an image that is used for the first time, as a chain does it: to what is there now, and before anything is read.
+    async fn pin_now(
+        &self,
+        layout: &Layout,
+        file: &Arc<SimFile>,
+        url: &Url,
+        exec: &Arc<Exec>,
+        server: &Arc<Server>,
+    ) -> Result<Pin, FormatError> {
+        assert!(self.shape.pinned_late, "the pin is kept");
+        let options = OriginOptions { reach: Reach::Preferred, ..OriginOptions::default() };
+        let origin = HttpOrigin::open_with(server.clone(), url, &options, &exec.rt()).await.map_err(other)?;
+        let pin = Pin { validator: origin.validator(), len: origin.len() };
+        let file: Arc<dyn Storage> = file.clone();
+        layout.driver().change(&file, &HeaderChange::Pin(pin.clone())).await?;
+        Ok(pin)
+    }
+}
+
+fn other(error: impl std::error::Error + Send + Sync + 'static) -> FormatError {
+    FormatError::Io(std::io::Error::other(error))
+}
+
+/// An image as a layer that is only read.
+async fn base(
+    layout: &Layout,
+    own: &Arc<SimFile>,
+    data: &Arc<SimFile>,
+    backing: Option<Arc<dyn Source>>,
+    exec: &Arc<Exec>,
+) -> Result<Arc<dyn Source>, FormatError> {
+    let own: Arc<dyn ReadAt> = own.clone();
+    let mapper = layout.driver().open(own.clone()).await?;
+    let data = Arc::new(Local(data.clone()));
+    Ok(Arc::new(Base::new(mapper, BaseFiles { own, data }, backing, &exec.rt())))
 }
 
 async fn open_remote(
@@ -340,7 +421,37 @@ impl Layout {
 
     /// qcow2 of the old kind: without a dirty bit.
     pub fn is_version_2(&self) -> bool {
-        self.options.iter().any(|(name, _)| *name == "compat")
+        self.option("compat").is_some()
+    }
+
+    /// What an image says of itself is what it was made with.
+    ///
+    /// # Panics
+    /// Where it is not.
+    pub fn is_described(&self, description: &Description) {
+        assert_eq!((description.format, description.cluster_size), (self.format, Some(self.cluster_size)));
+        assert_eq!(description.data_file.is_some(), self.data_file);
+        let raw = description.data_file.as_ref().is_some_and(|data| data.raw);
+        assert_eq!(raw, self.option("data_file_raw").is_some());
+        if self.format != "qcow2" {
+            return;
+        }
+        let zstd = self.packed == Packing::Zstd || self.option("compression_type").is_some();
+        let bits = self.option("refcount_bits").map_or(16, |bits| bits.parse().expect("a number"));
+        let flag = |name| Detail::Flag(self.option(name).is_some());
+        let mut wanted = vec![
+            ("compat", Detail::Text(if self.is_version_2() { "0.10" } else { "1.1" }.into())),
+            ("compression-type", Detail::Text(if zstd { "zstd" } else { "zlib" }.into())),
+            ("refcount-bits", Detail::Number(bits)),
+        ];
+        if !self.is_version_2() {
+            wanted.push(("lazy-refcounts", flag("lazy_refcounts")));
+            wanted.push(("extended-l2", flag("extended_l2")));
+            wanted.push(("corrupt", Detail::Flag(false)));
+        }
+        for fact in wanted {
+            assert!(description.details.contains(&fact), "{fact:?}: {:?}", description.details);
+        }
     }
 
     /// What the image in `file` says of itself.
@@ -357,12 +468,15 @@ impl Layout {
         file: &Arc<dyn Storage>,
         data: Option<&Arc<dyn Storage>>,
         size: u64,
-        backing: Option<BackingRef>,
-        pin: Option<Pin>,
+        (backing, pin): (Option<BackingRef>, Option<Pin>),
     ) {
         let mut options: Vec<_> =
             self.options.iter().map(|(name, value)| ((*name).to_owned(), Some(value.clone()))).collect();
-        options.push(("cluster_size".into(), Some(self.cluster_size.to_string())));
+        // There is nothing to copy.
+        options.retain(|(name, _)| name != "copy_on_read" || backing.is_some());
+        if self.format != "raw" {
+            options.push(("cluster_size".into(), Some(self.cluster_size.to_string())));
+        }
         let data_file = data.map(|_| "data.raw".to_owned());
         let spec = CreateSpec { size, backing, options, pin, data_file };
         self.driver().create(file, data, &spec).await.expect("the image is made");
@@ -376,8 +490,10 @@ pub enum Wanted {
     Size(u64),
     /// The remote backing gets its nth name.
     Name(usize),
-    /// The top is repaired.
-    Repair,
+    /// The top is repaired: all of it, or its leaks.
+    Repair(Repair),
+    /// What the top says of copy-on-read.
+    CopyOnRead(bool),
     /// The top's snapshots change.
     Snapshot(SnapshotChange),
 }
@@ -396,7 +512,7 @@ impl World {
                 driver.change(&file, &HeaderChange::Size(*size)).await
             }
             Wanted::Name(name) => {
-                let change = HeaderChange::Backing(Some(self.backing_ref(*name)), Some(self.pin()));
+                let change = HeaderChange::Backing(self.backing_ref(*name), Some(self.pin()));
                 match (&self.shape.middle, &disks.middle) {
                     (Some(middle), Some(file)) => {
                         let file: Arc<dyn Storage> = file.clone();
@@ -405,10 +521,13 @@ impl World {
                     _ => driver.change(&file, &change).await,
                 }
             }
-            Wanted::Repair => {
-                let report = driver.repair(&file, Repair::All).await?;
+            Wanted::CopyOnRead(on) => driver.change(&file, &HeaderChange::CopyOnRead(*on)).await,
+            Wanted::Repair(repair) => {
+                let report = driver.repair(&file, *repair).await?;
                 match report.check_errors + report.corruptions {
                     0 => Ok(()),
+                    // Leaks alone are freed where nothing else is wrong: the refcounts of a crash may be.
+                    _ if *repair == Repair::Leaks => Ok(()),
                     _ => Err(FormatError::Io(std::io::Error::other(format!("after a repair: {report:?}")))),
                 }
             }

@@ -1,0 +1,227 @@
+//! Mending: an image that something else damaged is looked at and repaired, while its disk fails.
+//!
+//! - Nothing that is done with a damaged image panics or hangs, and looking writes nothing.
+//! - A cluster that could be read right before the repair can be read right after it, however often the repair was cut off.
+//! - What a repair leaves is sound, and can be used.
+//! - The model knows nothing of the other clusters: they are written anew.
+//!
+//! Not here: what is damaged (`damage`).
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+use readonce_disk::Source;
+use readonce_format::driver::{CheckReport, Repair, SnapshotChange};
+use readonce_origin::Class;
+use readonce_storage::{ReadAt, SimFile, Storage};
+
+use super::{CLOSE_WAIT, Run};
+use crate::{
+    damage::damage,
+    exec::Exec,
+    plan::DiskFault,
+    stamp,
+    verdict::{Flags, Leaks},
+    world::{Disks, OpenAs},
+};
+
+/// Repairs that are cut off, at most, before one is let alone.
+const CUT_OFF_MAX: u32 = 2;
+
+impl Run {
+    /// Damages the top and repairs it. What cannot be repaired is as if it had not happened.
+    pub(super) fn damage(&mut self, seed: u64, fault: Option<&DiskFault>) {
+        if self.world.shape.top.format == "raw" || self.world.shape.top.data_file {
+            // No check tells that an entry names another place of a data file than its own.
+            return;
+        }
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let mut bytes = self.disks.top.contents();
+        damage(self.world.shape.top.format, &mut bytes, &mut rng);
+        let damaged = Disks { top: Arc::new(SimFile::from_bytes(&bytes)), ..self.disks.clone() };
+        let (checked, good) = self.seen(&damaged, &mut rng);
+        assert_eq!(damaged.top.unsynced_count(), 0, "looking writes nothing");
+
+        let mut disks = damaged;
+        if let Some(fault) = fault {
+            for _ in 0..rng.random_range(1..=CUT_OFF_MAX) {
+                disks.top.fail_nth(fault.nth, fault.fault, fault.lasts);
+                let _ = self.repair(&disks, &mut rng);
+                self.figures.faults += disks.top.fault_hits();
+                let keep = rng.random();
+                disks = disks.map(|file| file.crash(keep));
+            }
+        }
+        let repaired = self.repair(&disks, &mut rng);
+        let Ok(before) = checked else { return };
+        if before.check_errors > 0 {
+            return;
+        }
+        let report =
+            repaired.unwrap_or_else(|error| panic!("what can be checked cannot be repaired: {error}"));
+        let len = bytes.len() as u64;
+        let grown = disks.top.len().saturating_sub(len);
+        if report.corruptions > 0 && grown > len / 8 {
+            // Copies of what is used twice have a bound.
+            return;
+        }
+        assert_eq!((report.corruptions, report.check_errors), (0, 0), "{before:?} became {report:?}");
+        let (again, kept) = self.seen(&disks, &mut rng);
+        let again = again.unwrap_or_else(|error| panic!("what a repair leaves cannot be checked: {error}"));
+        let found = (again.corruptions, again.check_errors, again.leaks);
+        assert_eq!(found, (0, 0, report.leaks), "a second check disagrees");
+        if let Some(lost) =
+            (0..good.len()).find(|&cluster| good[cluster] && !kept.get(cluster).is_some_and(|kept| *kept))
+        {
+            panic!("cluster {lost} could be read before the repair, and is something else after it");
+        }
+        let sound = (self.disks.clone(), self.snapshots.clone(), self.flags, self.leaky);
+        self.disks = disks;
+        self.figures.mended += 1;
+        // Two entries may have one cluster, as with snapshots, after a repair that was cut off or by the damage itself: that is
+        // sound. When one of them is written, the other lacks its flag; a power loss then can leave a refcount too high.
+        self.flags = Flags::MayLag;
+        self.leaky = true;
+        self.forget_snapshots(&mut rng);
+        if self.write_anew(&good, &mut rng) == Written::Refused {
+            (self.disks, self.snapshots, self.flags, self.leaky) = sound;
+            return;
+        }
+        self.look(Leaks::Allowed, None);
+    }
+
+    /// What a check says, and which clusters read as the model says; none where the image cannot be opened.
+    fn seen(&self, disks: &Disks, rng: &mut SmallRng) -> (Result<CheckReport, String>, Vec<bool>) {
+        let exec = Exec::new(rng.random());
+        let (world, disks, inner) = (Arc::clone(&self.world), disks.clone(), Arc::clone(&exec));
+        let stamps = self.shared.lock().model.stamps();
+        let seen = exec.run(async move {
+            let readable: Arc<dyn ReadAt> = disks.top.clone();
+            let report = world.shape.top.driver().check(&readable).await.map_err(|error| error.to_string());
+            let cells = world.shape.top.cluster_size / world.shape.cell;
+            let server = world.server(inner.rt(), 0);
+            // A pin that is to come would be a change.
+            let late = world.shape.pinned_late && disks_pin(&world.shape.top, &disks).await.is_none();
+            let opened = if late { None } else { world.open_to_read(&disks, &inner, &server).await.ok() };
+            let Some((source, size)) = opened else { return (report, Vec::new()) };
+            let mut good = Vec::new();
+            for (first, stamps) in
+                (0..).step_by(cells.max(1) as usize).zip(stamps.chunks(cells.max(1) as usize))
+            {
+                let (at, len) = (first * world.shape.cell, stamps.len() as u64 * world.shape.cell);
+                good.push(at + len <= size && reads_as(&source, at, stamps, world.shape.cell).await);
+            }
+            (report, good)
+        });
+        exec.power_off();
+        seen
+    }
+
+    fn repair(&self, disks: &Disks, rng: &mut SmallRng) -> Result<CheckReport, String> {
+        let exec = Exec::new(rng.random());
+        let (driver, file) = (self.world.shape.top.driver(), disks.top.clone());
+        let repaired = exec.run(async move {
+            let file: Arc<dyn Storage> = file;
+            driver.repair(&file, Repair::All).await.map_err(|error| error.to_string())
+        });
+        exec.power_off();
+        repaired
+    }
+
+    /// What the snapshots hold is not known any more.
+    fn forget_snapshots(&mut self, rng: &mut SmallRng) {
+        let exec = Exec::new(rng.random());
+        let (layout, file) = (self.world.shape.top.clone(), self.disks.top.clone());
+        exec.run(async move {
+            let file: Arc<dyn Storage> = file;
+            let snapshots = layout.describe(&file).await.expect("it was repaired").snapshots;
+            for snapshot in snapshots {
+                let delete = SnapshotChange::Delete(snapshot.name);
+                layout.driver().snapshot(&file, &delete).await.expect("the image is sound");
+            }
+        });
+        self.snapshots.clear();
+    }
+
+    /// Writes what is not known.
+    fn write_anew(&mut self, good: &[bool], rng: &mut SmallRng) -> Written {
+        let exec = Exec::new(rng.random());
+        let (world, disks, inner) = (Arc::clone(&self.world), self.disks.clone(), Arc::clone(&exec));
+        let cell = world.shape.cell;
+        let cells = (world.shape.top.cluster_size / cell).max(1);
+        let stamps = Arc::new(Mutex::new(self.shared.lock().model.stamps()));
+        let (number, told) = (self.shared.lock().model.next_write(), Arc::clone(&stamps));
+        let good = good.to_vec();
+        let written = exec.run(async move {
+            let how = OpenAs { copy_on_read: false, budget: 64 << 20 };
+            let server = world.server(inner.rt(), 0);
+            let opened = world.open(&disks, &inner, &server, how).await.expect("what was repaired opens");
+            let count = told.lock().len() as u64;
+            for cluster in 0..count.div_ceil(cells) {
+                if good.get(cluster as usize).is_some_and(|good| *good) {
+                    continue;
+                }
+                let (first, end) = (cluster * cells, ((cluster + 1) * cells).min(count));
+                let mut data = vec![0; ((end - first) * cell) as usize];
+                stamp::fill(&mut data, cell, first, |at| stamp::of_write(number, at));
+                match opened.top.write(first * cell, data.into()).await {
+                    Err(error) if names_compressed_bytes(&error.to_string()) => return Written::Refused,
+                    written => written.expect("what was repaired can be written"),
+                }
+                (first..end).for_each(|at| told.lock()[at as usize] = stamp::of_write(number, at));
+            }
+            opened.top.close(CLOSE_WAIT).await.expect("the disk is well");
+            if let Some(middle) = opened.middle {
+                middle.close(CLOSE_WAIT).await.expect("the disk is well");
+            }
+            Written::All
+        });
+        exec.power_off();
+        if written == Written::Refused {
+            return written;
+        }
+        self.shared.lock().model.replace(&stamps.lock());
+        let keep = rng.random();
+        self.disks = self.disks.map(|file| file.crash(keep));
+        written
+    }
+}
+
+/// What became of clusters that were to be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Written {
+    /// All of them were.
+    All,
+    /// One names compressed bytes on a table: readers and writers refuse that, and no check tells.
+    Refused,
+}
+
+/// Whether an error is about an L2 entry that describes a compressed cluster.
+fn names_compressed_bytes(error: &str) -> bool {
+    let word = error.split(" is 0x").nth(1).and_then(|rest| rest.split(',').next());
+    let word = word.and_then(|word| u64::from_str_radix(word.split(' ').next()?, 16).ok());
+    error.contains("L2 entry") && word.is_some_and(|word| word & 1 << 62 != 0)
+}
+
+/// Whether an image is pinned.
+async fn disks_pin(layout: &crate::shape::Layout, disks: &Disks) -> Option<readonce_format::driver::Pin> {
+    let file: Arc<dyn Storage> = disks.top.clone();
+    layout.describe(&file).await.ok()?.pin
+}
+
+/// Whether all cells from byte `at` on are these.
+async fn reads_as(source: &Arc<dyn Source>, at: u64, stamps: &[u64], cell: u64) -> bool {
+    let mut bytes = vec![0; stamps.len() * cell as usize];
+    let end = at + bytes.len() as u64;
+    let mut place = |from: u64, part: Bytes| {
+        bytes[(from - at) as usize..][..part.len()].copy_from_slice(&part);
+    };
+    let read = source.fetch(at..end, Class::Demand, &mut place).await;
+    read.is_ok()
+        && bytes
+            .chunks_exact(cell as usize)
+            .zip(stamps)
+            .all(|(bytes, &stamp)| stamp::of_bytes(bytes) == Some(stamp))
+}
