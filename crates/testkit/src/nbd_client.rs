@@ -4,7 +4,7 @@
 //! - It asks for the headers it was told to ask for and takes what the server agrees to.
 //! - A reply that breaks the protocol (an unknown cookie, overlapping or missing data, a simple reply where a chunk must
 //!   stand) ends the connection, and every request with [`NbdError::Protocol`].
-//! - Memory follows what was asked for, not what a server says: an option's reply has at most [`OPTION_REPLY_MAX`], a chunk what
+//! - Memory follows what was asked for, not what a server says: an option's reply has at most `OPTION_REPLY_MAX`, a chunk what
 //!   its request can need.
 //! - `lean` is another client, for benchmarks only.
 
