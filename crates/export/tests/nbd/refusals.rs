@@ -154,7 +154,7 @@ async fn a_length_of_zero_succeeds_and_does_nothing() {
         let rig = Rig::new(MemDevice::with(vec![9; SIZE]));
         let client = rig.client(headers).await;
         for offset in [0, 100, MIB] {
-            assert_eq!(client.read(offset, 0).await.unwrap(), []);
+            assert!(client.read(offset, 0).await.unwrap().is_empty());
             client.trim(offset, 0, flag::FUA).await.unwrap();
             client.write_zeroes(offset, 0, 0).await.unwrap();
             client.cache(offset, 0).await.unwrap();
