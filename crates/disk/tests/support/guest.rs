@@ -12,6 +12,16 @@ use super::{
     origin::{SECTOR, sector, stamp_of},
 };
 
+/// What a guest asks for.
+#[derive(Debug, Clone, Copy)]
+pub enum Request {
+    Read,
+    Write,
+    Zero(ZeroMode),
+    Trim,
+    Flush,
+}
+
 pub struct Guest {
     pub disk: Arc<Disk>,
     pub model: Arc<Mutex<Model>>,
@@ -35,13 +45,25 @@ impl Guest {
         (first, count.min(sectors - first))
     }
 
-    /// One request, to its end.
+    /// One drawn request, to its end.
     pub async fn op(&mut self) {
         let (first, count) = self.range();
+        let request = match self.rng.random_range(0..10) {
+            0..4 => Request::Read,
+            4..7 => Request::Write,
+            7 => Request::Zero(ZeroMode { keep_space: self.rng.random(), only_if_fast: false }),
+            8 => Request::Trim,
+            _ => Request::Flush,
+        };
+        self.run(request, first, count).await;
+    }
+
+    /// This request of these sectors, to its end.
+    pub async fn run(&self, request: Request, first: u64, count: u64) {
         let (offset, len) = (first * SECTOR, count * SECTOR);
-        match self.rng.random_range(0..10) {
-            0..4 => self.read(first, count).await,
-            4..7 => {
+        match request {
+            Request::Read => self.read(first, count).await,
+            Request::Write => {
                 let stamp = {
                     let mut stamps = self.stamps.lock();
                     *stamps += 1;
@@ -55,18 +77,17 @@ impl Guest {
                 };
                 self.wrote(written, first, count, begin);
             }
-            7 => {
+            Request::Zero(mode) => {
                 let begin = self.model.lock().begin_write(first, count, 0, false);
-                let mode = ZeroMode { keep_space: self.rng.random(), only_if_fast: false };
                 let written = self.disk.write_zeroes(offset, len, mode).await;
                 self.wrote(written, first, count, begin);
             }
-            8 => {
+            Request::Trim => {
                 let begin = self.model.lock().begin_write(first, count, 0, true);
                 let written = self.disk.trim(offset, len).await;
                 self.wrote(written, first, count, begin);
             }
-            _ => {
+            Request::Flush => {
                 let begin = self.model.lock().tick();
                 // An origin that is away fails a flush with units written in part, and nothing else.
                 if self.disk.flush().await.is_ok() {
@@ -84,7 +105,7 @@ impl Guest {
         }
     }
 
-    async fn read(&mut self, first: u64, count: u64) {
+    async fn read(&self, first: u64, count: u64) {
         let begin = self.model.lock().tick();
         let mut buf = vec![0xee; (count * SECTOR) as usize];
         let read = match self.disk.read_now(first * SECTOR, &mut buf) {

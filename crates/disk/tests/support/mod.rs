@@ -8,4 +8,5 @@ pub mod fake;
 pub mod guest;
 pub mod model;
 pub mod origin;
+pub mod threads;
 pub mod world;

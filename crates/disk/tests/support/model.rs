@@ -18,6 +18,7 @@ struct Entry {
     maybe: bool,
 }
 
+#[derive(Clone)]
 pub struct Model {
     sectors: Vec<Vec<Entry>>,
     tick: Tick,

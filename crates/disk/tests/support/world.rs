@@ -7,7 +7,7 @@ use readonce_format::{
     Driver,
     driver::{BackingRef, CreateSpec, Repair, SnapshotChange, driver},
 };
-use readonce_storage::{ReadAt, SimFile, Storage};
+use readonce_storage::{ReadAt, Rt, SimFile, Storage};
 
 use super::{exec::Exec, origin::SimOrigin};
 
@@ -88,9 +88,23 @@ impl Kind {
         exec: &Arc<Exec>,
         options: ImageOptions,
     ) -> Arc<Image> {
-        let mapper =
-            self.driver().open_writable(Arc::clone(&file), None, exec.rt()).await.expect("the image opens");
-        let image = Image::new(mapper, file, Some(backing), exec.rt(), options);
+        self.open_on(exec.rt(), file, backing, options).await
+    }
+
+    /// The same on any runtime.
+    pub async fn open_on(
+        &self,
+        rt: Rt,
+        file: Arc<dyn Storage>,
+        backing: Arc<dyn Source>,
+        options: ImageOptions,
+    ) -> Arc<Image> {
+        let mapper = self
+            .driver()
+            .open_writable(Arc::clone(&file), None, Arc::clone(&rt))
+            .await
+            .expect("the image opens");
+        let image = Image::new(mapper, file, Some(backing), rt, options);
         image.start_reclaim();
         image
     }
