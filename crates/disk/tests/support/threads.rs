@@ -1,7 +1,6 @@
 //! The runtime of tests under shuttle: its tasks are shuttle's, its time is turns.
 
 use std::{
-    future::Future,
     sync::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -31,7 +30,7 @@ impl ShuttleRuntime {
         Arc::default()
     }
 
-    /// Waits until every task that was spawned has ended. One that hangs is a deadlock that shuttle reports.
+    /// Waits until every task that was spawned has ended. One that hangs takes more steps than a schedule may have.
     pub async fn tasks_ended(&self) {
         while self.live.load(Ordering::SeqCst) > 0 {
             future::yield_now().await;
@@ -51,12 +50,7 @@ pub async fn turns(count: u64) {
     }
 }
 
-/// Runs `task` beside the caller; nobody waits for it.
-fn start(task: impl Future<Output = ()> + Send + 'static) {
-    drop(future::spawn(task));
-}
-
-/// What the tests need of the runtime by its own name.
+/// The runtime as the engine takes it.
 pub struct Shared(pub Arc<ShuttleRuntime>);
 
 impl Runtime for Shared {
@@ -78,10 +72,11 @@ impl Runtime for Shared {
     fn spawn(&self, task: BoxFuture<'static, ()>) {
         let runtime = Arc::clone(&self.0);
         runtime.live.fetch_add(1, Ordering::SeqCst);
-        start(async move {
+        // Nobody joins it.
+        drop(future::spawn(async move {
             task.await;
             runtime.live.fetch_sub(1, Ordering::SeqCst);
-        });
+        }));
     }
     fn random(&self) -> u64 {
         drawn(u64::MAX)
