@@ -107,8 +107,7 @@ impl Script {
             if script.kind.snapshots {
                 script.kind.snapshot(&storage, 0).await;
             }
-            let stamp = *guest.stamps.lock();
-            stamp
+            *guest.stamps.lock()
         });
         exec.power_off();
         let model = model.lock().clone();
