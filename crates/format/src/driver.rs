@@ -234,6 +234,11 @@ pub trait Driver: Send + Sync {
         spec: &'a CreateSpec,
     ) -> BoxFuture<'a, Result<(), FormatError>>;
 
+    /// Why QEMU would not open the image that `create` makes of a spec, though its format allows it; in QEMU's words.
+    fn refused_by_qemu(&self, _spec: &CreateSpec) -> Option<&'static str> {
+        None
+    }
+
     /// What the image says of itself.
     fn describe<'a>(&self, file: &'a Arc<dyn ReadAt>) -> BoxFuture<'a, Result<Description, FormatError>>;
 

@@ -134,7 +134,7 @@ pub struct UseArgs {
     pub on_change: OnChange,
     /// `--drive`, as the review of 2011 proposed it.
     #[arg(
-        help = "In place of the arguments above and IMAGE: file=NAME[,format=FMT][,cor=on|off][,readonly=on|off][,if=...]",
+        help = "In place of the arguments above and IMAGE: file=NAME[,format=FMT][,cor=on|off][,readonly=on|off][,media=disk|cdrom][,if=...]",
         long,
         value_name = "OPTIONS"
     )]
@@ -164,7 +164,7 @@ fn on_change(text: &str) -> Result<OnChange, String> {
 }
 
 impl UseArgs {
-    /// Takes the image's name from `--drive`, or gives `image` back. Later words of `--drive` win over flags.
+    /// Takes the image's name from `--drive`, or gives `image` back. What contradicts a flag is refused.
     pub fn take_drive(&mut self, command: &str, image: Option<String>) -> Result<String, Failure> {
         let Some(drive) = self.drive.take() else {
             return image.ok_or_else(|| Failure::usage(command, "Expecting one image file name"));
@@ -173,12 +173,25 @@ impl UseArgs {
         if image.is_some() && file.is_some() {
             return Err(Failure::usage(command, "--drive file= and an image file name exclude each other"));
         }
-        self.format = format.or(self.format.take());
-        self.read_only = read_only.unwrap_or(self.read_only);
-        match copy_on_read {
-            Some(true) => self.copy_on_read = CopyOnRead::On,
-            Some(false) => self.copy_on_read = CopyOnRead::Off,
-            None => {}
+        let refused = |drive: &str, flag: &str| {
+            Err(Failure::usage(command, format!("--drive {drive} and {flag} contradict each other")))
+        };
+        match (&self.format, &format) {
+            (Some(flag), Some(drive)) if flag != drive => {
+                return refused(&format!("format={drive}"), &format!("-f {flag}"));
+            }
+            _ => self.format = format.or(self.format.take()),
+        }
+        match (self.read_only, read_only) {
+            (true, Some(false)) => return refused("readonly=off", "-r"),
+            _ => self.read_only |= read_only.unwrap_or_default(),
+        }
+        match (self.copy_on_read, copy_on_read) {
+            (CopyOnRead::Off, Some(true)) => return refused("cor=on", "--copy-on-read=off"),
+            (CopyOnRead::On, Some(false)) => return refused("cor=off", "--copy-on-read=on"),
+            (_, Some(true)) => self.copy_on_read = CopyOnRead::On,
+            (_, Some(false)) => self.copy_on_read = CopyOnRead::Off,
+            (_, None) => {}
         }
         image.or(file).ok_or_else(|| Failure::new("--drive: Parameter 'file' is missing"))
     }

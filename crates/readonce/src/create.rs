@@ -16,7 +16,7 @@ use std::{
     sync::Arc,
 };
 
-use readonce_disk::chain::{ChainOptions, Layer, TopOnly, open_layers};
+use readonce_disk::chain::{ChainOptions, Layer, Locks, TopOnly, open_layers};
 use readonce_format::{
     Driver,
     driver::{BackingRef, CreateSpec, Pin},
@@ -118,8 +118,7 @@ async fn create(image: &str, driver: &dyn Driver, wanted: Wanted, args: &Args) -
     let rt = TokioRuntime::current();
     let mut spec = CreateSpec { options: wanted.options, ..CreateSpec::default() };
     let mut size = wanted.size;
-    // Held until the end, so that nobody writes the backing meanwhile.
-    let mut _layers = Vec::new();
+    let mut layers = Vec::new();
     if let Some(name) = &wanted.backing {
         let backing = Locator::parse(name, Some(&Locator::File(place.clone()))).map_err(|error| {
             Failure::new(format!("Could not open '{name}': {error}\nCould not open backing image."))
@@ -130,13 +129,13 @@ async fn create(image: &str, driver: &dyn Driver, wanted: Wanted, args: &Args) -
             ));
         }
         if !args.backing_unsafe {
-            _layers = open_backing(&backing, &wanted.backing_format, args, &rt).await?;
-            if _layers.iter().any(|layer| is_same_file(&place, &layer.locator)) {
+            layers = open_backing(&backing, &wanted.backing_format, args, &rt).await?;
+            if layers.iter().any(|layer| is_same_file(&place, &layer.locator)) {
                 return Err(Failure::new("Error: the backing chain holds the file that is to be made"));
             }
         }
         let Some(format) = wanted.backing_format.clone() else {
-            let detected = match _layers.first() {
+            let detected = match layers.first() {
                 Some(layer) => format!("\nDetected format of {}.", layer.description.format),
                 None => String::new(),
             };
@@ -147,13 +146,8 @@ async fn create(image: &str, driver: &dyn Driver, wanted: Wanted, args: &Args) -
             Locator::File(_) => name.clone(),
             Locator::Http(_) => backing.stored_name(),
         };
-        if matches!(&backing, Locator::Http(url) if url.as_str() != stored) {
-            report::warn(format!(
-                "what grants access to {stored} is not kept in the image: give the URL again when it is used (--url or \
-                 READONCE_URL)"
-            ));
-        }
-        if let Some(layer) = _layers.first() {
+        look::warn_of_what_is_cut(&backing);
+        if let Some(layer) = layers.first() {
             size = size.or(Some(layer.description.virtual_size.next_multiple_of(512)));
             spec.pin = pin(layer, &format)?;
         }
@@ -175,7 +169,7 @@ async fn create(image: &str, driver: &dyn Driver, wanted: Wanted, args: &Args) -
         return Err(Failure::new("Backing format cannot be used without backing file"));
     }
     let data = match &spec.data_file {
-        Some(name) => Some(data_file(&place, name, &_layers)?),
+        Some(name) => Some(data_file(&place, name, &layers)?),
         None => None,
     };
     let rehearsal: Arc<dyn Storage> = Arc::new(Rehearsal);
@@ -183,6 +177,13 @@ async fn create(image: &str, driver: &dyn Driver, wanted: Wanted, args: &Args) -
     driver.create(&rehearsal, rehearsed, &spec).await.map_err(|error| Failure::new(error.to_string()))?;
     let no_cow = wanted.nocow.as_deref() == Some("on");
     write(&place, data.as_deref(), driver, &spec, no_cow).await?;
+    if !args.quiet
+        && let Some(words) = driver.refused_by_qemu(&spec)
+    {
+        report::warn(format!(
+            "QEMU cannot open {image} (\"{words}\"), which the format allows: with other sizes of clusters or tables it can"
+        ));
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -204,6 +205,8 @@ async fn open_backing(
         allow_backing: args.policy.allow(),
         no_backing_files: args.policy.no_backing_files,
         origin: args.origin.options(&[backing])?,
+        // As qemu-img: a backing that is in use can be named all the same. It is looked at alone.
+        locks: Locks::Share,
         ..ChainOptions::default()
     };
     let layers = open_layers(&name, &options, TopOnly::No, rt).await.map_err(|error| {

@@ -30,7 +30,7 @@ use crate::{
     folders, human,
     new_image::Keeper,
     report::ToldArgs,
-    session::{EndArgs, Session},
+    session::{EndArgs, Names, Session},
     signals::{Signals, until_signal},
     stdout,
 };
@@ -180,7 +180,7 @@ async fn serve(image: &Path, keeper: Keeper, folder: &Path) -> Result<Session, F
     let chain = chain::open(&image, options, TokioRuntime::current(), told.reporter()).await?;
     let listener = Listener::unix(folder.join("nbd")).map_err(|error| failed("the socket", error))?;
     let end = EndArgs { shutdown_timeout: Duration::from_secs(30) };
-    Session::start(chain, listener, "", &end, told)
+    Session::start(chain, listener, Names { export: "", image: &image }, &end, told)
 }
 
 async fn check(image: &Path, keeper: Keeper) -> Result<(), Failure> {

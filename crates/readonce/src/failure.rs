@@ -81,8 +81,15 @@ pub fn usage(error: &clap::Error) -> ExitCode {
         }
         _ => {
             let text = error.to_string();
-            let first = text.lines().next().unwrap_or_default();
-            first.strip_prefix("error: ").unwrap_or(first).to_owned()
+            let mut lines = text.lines();
+            let mut first = lines.next().unwrap_or_default().to_owned();
+            // What follows a colon is what the line is about, one name a line.
+            while first.ends_with(':')
+                && let Some(name) = lines.next()
+            {
+                first = format!("{first} {}", name.trim());
+            }
+            first.strip_prefix("error: ").unwrap_or(&first).to_owned()
         }
     };
     let command = match error.kind() {

@@ -6,14 +6,17 @@ mod commands;
 
 use std::{io::BufRead, process::ExitCode, time::Duration};
 
-use readonce_disk::chain::CopyOnRead;
+use readonce_disk::chain::{self, CopyOnRead, OpenError};
+use readonce_origin::Locator;
+use readonce_storage::{LocalFile, local::OpenMode, runtime::TokioRuntime};
 
 use crate::{
     chain_args::UseArgs,
     failure::{Failure, Outcome},
     io::commands::{Done, Machine},
+    look,
     report::ToldArgs,
-    session, stdout,
+    stdout,
 };
 
 /// How long the end may take.
@@ -45,15 +48,17 @@ pub struct Args {
 /// Runs it.
 pub async fn run(mut args: Args) -> Outcome {
     let image = args.chain.take_drive("io", args.image.take())?;
-    if args.fill {
+    // As in qemu-io, it says nothing of an image that has nothing to copy.
+    if args.fill && look::places(&image, args.chain.format.as_deref()).await.len() != 1 {
         args.chain.copy_on_read = CopyOnRead::On;
     }
     // As qemu-io: which files are opened is not told, unless it is asked for.
     let reporter = if args.told.verbose > 0 { args.told.reporter() } else { args.told.warnings() };
     args.chain.warn_of_unused(&image, args.chain.format.as_deref()).await;
-    let chain = session::open(&image, args.chain.chain_options(&image)?, reporter)
+    let options = args.chain.chain_options(&image)?;
+    let chain = chain::open(&image, options, TokioRuntime::current(), reporter)
         .await
-        .map_err(|failure| Failure::new(format!("can't open device {image}: {}", failure.text)))?;
+        .map_err(|error| not_opened(&image, args.chain.read_only, error))?;
     let machine = Machine { disk: chain.disk.clone(), image: (image.clone(), args.chain.format.clone()) };
     let mut failed = false;
     let mut lines: Box<dyn Iterator<Item = String>> = match args.commands.is_empty() {
@@ -71,6 +76,17 @@ pub async fn run(mut args: Args) -> Outcome {
     drop(machine);
     chain.close(CLOSE_TIMEOUT).await.map_err(|error| Failure::new(format!("{image}: {error}")))?;
     Ok(ExitCode::from(u8::from(failed)))
+}
+
+/// In qemu-io's words: the file is named twice only where it is the file that cannot be opened.
+fn not_opened(image: &str, read_only: bool, error: OpenError) -> Failure {
+    let mode = if read_only { OpenMode::Read } else { OpenMode::ReadWrite };
+    let told = match Locator::parse(image, None) {
+        Ok(place @ Locator::File(_)) if place.printable() != error.name => look::told(error).text,
+        Ok(Locator::File(path)) if LocalFile::open(&path, mode).is_ok() => look::in_qemu_words(&error.cause),
+        _ => look::told(error).text,
+    };
+    Failure::new(format!("can't open device {image}: {told}"))
 }
 
 /// Lines of standard input, each asked for.

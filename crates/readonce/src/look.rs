@@ -116,6 +116,17 @@ pub async fn places(image: &str, format: Option<&str>) -> Vec<Locator> {
     places
 }
 
+/// Warns where the name that an image keeps of a backing file is less than what was typed.
+pub fn warn_of_what_is_cut(backing: &Locator) {
+    let stored = backing.stored_name();
+    if matches!(backing, Locator::Http(url) if url.as_str() != stored) {
+        report::warn(format!(
+            "what grants access to {stored} is not kept in the image: give the URL again when it is used (--url or \
+             READONCE_URL)"
+        ));
+    }
+}
+
 /// An error of a chain, in QEMU's words where it has them.
 pub fn told(error: OpenError) -> Failure {
     Failure::new(OpenError { cause: in_qemu_words(&error.cause), ..error }.to_string())

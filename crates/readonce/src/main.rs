@@ -2,7 +2,7 @@
 //!
 //! - One module for each command: its flags, its sentences, its exit status.
 //! - Shared: `failure` (how a command ends badly), `chain_args` (flags that open a chain), `look`
-//!   (opening one to look at it), `session` (opening one to use it), `sandbox`, `new_image`, `human`, `json`, `stdout`, `report`, `progress`.
+//!   (opening one to look at it), `session` (opening one to use it), `sandbox`, `pid_file`, `new_image`, `human`, `json`, `stdout`, `report`, `progress`.
 //!
 //! Flags, sentences, JSON fields and exit codes are those of qemu-img, qemu-io and qemu-nbd where they have the thing. Not
 //! here: what the commands do, which is in the rooms below.
@@ -26,6 +26,7 @@ mod json;
 mod look;
 mod map;
 mod new_image;
+mod pid_file;
 mod progress;
 mod rebase;
 mod report;

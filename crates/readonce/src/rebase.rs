@@ -28,7 +28,7 @@ use crate::{
 #[command(
     override_usage = "readonce rebase -u -b BACKING -F FMT [OPTIONS] IMAGE",
     after_help = "No data is copied. If the image has pinned a version of its backing file, the new place must have the same \
-                  one, unless no cluster is local yet. -b '' takes the backing file away."
+                  one, unless no cluster is local yet. -b '' (or no -b) takes the backing file away."
 )]
 pub struct Args {
     /// Format of IMAGE; told from its first bytes where absent
@@ -56,9 +56,11 @@ pub struct Args {
 /// Runs it.
 pub async fn run(args: Args) -> Outcome {
     let image = look::one_image("rebase", &args.images)?;
-    let Some(name) = &args.backing else {
-        return Err(Failure::usage("rebase", "-b expects the new backing file"));
-    };
+    if args.backing.is_none() && !args.name_only {
+        return Err(Failure::usage("rebase", "Must specify backing file (-b) or use unsafe mode (-u)"));
+    }
+    // As in qemu-img: no name takes the backing file away.
+    let name = args.backing.as_deref().unwrap_or_default();
     if !args.name_only {
         return Err(Failure::usage(
             "rebase",
@@ -66,7 +68,7 @@ pub async fn run(args: Args) -> Outcome {
         ));
     }
     let held = look::hold(image, args.format.as_deref()).await?;
-    let change = match name.as_str() {
+    let change = match name {
         "" => HeaderChange::Backing(None, None),
         name => to(&held, name, &args).await?,
     };
@@ -93,6 +95,7 @@ async fn to(held: &Held, name: &str, args: &Args) -> Result<HeaderChange, Failur
     if new.same_place(&held.locator) {
         return Err(not_changed(&printable, "the backing chain would have a loop"));
     }
+    look::warn_of_what_is_cut(&new);
     let pin = match &new {
         Locator::File(_) if format != "raw" => {
             if held.description.pin.is_some() && !is_empty(held).await? {

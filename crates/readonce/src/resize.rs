@@ -27,6 +27,8 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
 /// What qemu-img says then.
 const SHRINK_NOT_ASKED: &str = "Use the --shrink option to perform a shrink operation.\nreadonce: warning: Shrinking an image will delete all \
      data beyond the shrunken image's end. Before performing such an operation, make sure there is no important data there.";
+/// What sizes of images are multiples of.
+const SECTOR_BYTES: u64 = 512;
 /// States that are looked at together.
 const EXTENTS_MAX: usize = 256;
 
@@ -98,6 +100,13 @@ pub async fn run(args: Args) -> Outcome {
             true => "Shrinking images is currently not supported",
             false => SHRINK_NOT_ASKED,
         }));
+    }
+    if !size.is_multiple_of(SECTOR_BYTES) {
+        match held.driver.name() {
+            "qed" => return Err(Failure::new("Invalid image size specified")),
+            "qcow2" => return Err(Failure::new("The new size must be a multiple of 512")),
+            _ => {}
+        }
     }
     grow_data_file(&held, size).await?;
     held.driver

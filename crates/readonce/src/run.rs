@@ -17,8 +17,9 @@ use crate::{
     chain_args::UseArgs,
     failure::{Failure, Outcome},
     folders,
+    pid_file::PidFile,
     report::{self, ToldArgs},
-    session::{self, EndArgs, Session},
+    session::{self, EndArgs, ExportArgs, Session},
     signals::{Signals, end_at_the_next, until_signal},
 };
 
@@ -44,6 +45,8 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     image: Option<std::path::PathBuf>,
     #[command(flatten)]
+    export: ExportArgs,
+    #[command(flatten)]
     end: EndArgs,
     #[command(flatten)]
     pub told: ToldArgs,
@@ -61,6 +64,10 @@ pub async fn run(mut args: Args) -> Outcome {
     if args.command.is_empty() {
         return Err(Failure::usage("run", "Nothing to run: give the command after --"));
     }
+    let mut pid_file = args.export.pid_file.as_deref().map(PidFile::open).transpose()?;
+    if let Some(file) = &mut pid_file {
+        file.write()?;
+    }
     let mut signals = Signals::catch()?;
     let opening = async {
         let image = image::choose(&name, &args).await?;
@@ -76,7 +83,8 @@ pub async fn run(mut args: Args) -> Outcome {
     let socket = folder.path().join("nbd");
     let listener =
         Listener::unix(&socket).map_err(|error| Failure::new(format!("Cannot listen: {error}")))?;
-    let session = Session::start(chain, listener, "", &args.end, args.told)?;
+    let kept = image.kept.display().to_string();
+    let session = Session::start(chain, listener, args.export.names(&kept), &args.end, args.told)?;
     if let Some(note) = &image.note {
         args.told.say(note);
     }
@@ -93,6 +101,7 @@ pub async fn run(mut args: Args) -> Outcome {
         args.told.say(format_args!("what the command wrote is gone{kept}"));
     }
     drop(image.claim);
+    drop(pid_file);
     match (status, ended) {
         (Err(failure), _) => Err(failure),
         (Ok(0), Err(failure)) => {

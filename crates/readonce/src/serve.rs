@@ -1,7 +1,6 @@
 //! `readonce serve`: an image as an NBD export, until SIGTERM or SIGINT. In a sandbox, which is put on before there are threads.
 
 use std::{
-    fs::File,
     io::Write,
     net::{IpAddr, ToSocketAddrs},
     path::{Path, PathBuf},
@@ -14,9 +13,10 @@ use readonce_origin::Locator;
 use crate::{
     chain_args::UseArgs,
     failure::{Failure, Outcome},
+    pid_file::PidFile,
     report::{self, ToldArgs},
     sandbox::{self, May, Place},
-    session::{self, EndArgs, Session},
+    session::{self, EndArgs, ExportArgs, Session},
     signals::{Signals, end_at_the_next, until_signal},
 };
 
@@ -34,17 +34,13 @@ pub struct Args {
     #[arg(short = 'k', long, value_name = "PATH", conflicts_with_all = ["port", "bind"])]
     socket: Option<PathBuf>,
     /// Listen on this TCP port; 0 is any free one
-    #[arg(short = 'p', long, value_name = "PORT")]
+    #[arg(short = 'p', long, value_name = "PORT", value_parser = port)]
     port: Option<u16>,
     /// Listen at this address in place of the loopback
     #[arg(short = 'b', long, value_name = "ADDRESS", requires = "port")]
     bind: Option<String>,
-    /// Name of the export
-    #[arg(short = 'x', long, value_name = "NAME", default_value = "")]
-    export_name: String,
-    /// Write the process number to this file; it is removed at the end
-    #[arg(long, value_name = "FILE")]
-    pid_file: Option<PathBuf>,
+    #[command(flatten)]
+    export: ExportArgs,
     /// Keep all rights of the user: without it, only files of the chain can be opened, and nothing can be run (see -v)
     #[arg(long)]
     no_sandbox: bool,
@@ -62,7 +58,7 @@ pub struct Args {
 impl Args {
     /// Gives up what is not needed from here on. Before any thread is started: the sandbox is of those that come after it.
     pub fn confine(&mut self) -> Result<(), Failure> {
-        self.open_pid_file = self.pid_file.as_deref().map(PidFile::open).transpose()?;
+        self.open_pid_file = self.export.pid_file.as_deref().map(PidFile::open).transpose()?;
         if self.no_sandbox {
             tracing::info!("no sandbox (--no-sandbox)");
             return Ok(());
@@ -79,7 +75,7 @@ impl Args {
         drop(runtime);
         places.extend(sandbox::of_system());
         places.extend(self.socket.as_deref().map(|path| Place::new(folder_of(path), May::KeepSocket)));
-        places.extend(self.pid_file.as_deref().map(|path| Place::new(folder_of(path), May::Remove)));
+        places.extend(self.export.pid_file.as_deref().map(|path| Place::new(folder_of(path), May::Remove)));
         // Not among the line's arguments: they are put together for a listener alone.
         let in_force = sandbox::enter(&places);
         tracing::info!("sandbox: {in_force}");
@@ -109,7 +105,7 @@ pub async fn run(mut args: Args) -> Outcome {
     let options = args.chain.chain_options(&image)?;
     args.chain.warn_of_unused(&image, args.chain.format.as_deref()).await;
     let chain = until_signal(&mut signals, session::open(&image, options, args.told.reporter())).await?;
-    let session = Session::start(chain, listener, &args.export_name, &args.end, args.told)?;
+    let session = Session::start(chain, listener, args.export.names(&image), &args.end, args.told)?;
     // Who started us may have gone; the clients have not.
     let mut stdout = std::io::stdout();
     let _ = writeln!(stdout, "{}", session.uri()).and_then(|()| stdout.flush());
@@ -125,6 +121,10 @@ pub async fn run(mut args: Args) -> Outcome {
     drop(pid_file);
     ended.map_err(|failure| Failure { text: format!("{image}: {}", failure.text), ..failure })?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn port(text: &str) -> Result<u16, String> {
+    text.parse().map_err(|_| format!("expected a number from 0 to {}", u16::MAX))
 }
 
 async fn listen(args: &Args) -> Result<Listener, Failure> {
@@ -148,47 +148,4 @@ fn resolve(name: &str) -> Result<IpAddr, Failure> {
     let failed = |cause: String| Failure::new(format!("Cannot listen: {name}: {cause}"));
     let mut addresses = (name, 0).to_socket_addrs().map_err(|error| failed(error.to_string()))?;
     addresses.next().map(|address| address.ip()).ok_or_else(|| failed("no address".to_owned()))
-}
-
-/// A file that holds our process number from `write` on, for as long as this lives.
-#[derive(Debug)]
-struct PidFile {
-    path: PathBuf,
-    file: File,
-    is_ours: bool,
-}
-
-impl PidFile {
-    /// Opens it. What another process wrote there stays: it may be the one that has our socket.
-    fn open(path: &Path) -> Result<Self, Failure> {
-        let mut options = File::options();
-        options.write(true);
-        let opened = match options.clone().create_new(true).open(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-                options.open(path).map(|file| (file, false))
-            }
-            opened => opened.map(|file| (file, true)),
-        };
-        let (file, is_ours) = opened.map_err(|error| not_written(path, &error))?;
-        Ok(Self { path: path.to_owned(), file, is_ours })
-    }
-
-    fn write(&mut self) -> Result<(), Failure> {
-        self.is_ours = true;
-        // A pipe or a terminal has no length.
-        let _ = self.file.set_len(0);
-        writeln!(self.file, "{}", std::process::id()).map_err(|error| not_written(&self.path, &error))
-    }
-}
-
-impl Drop for PidFile {
-    fn drop(&mut self) {
-        if self.is_ours {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn not_written(path: &Path, error: &std::io::Error) -> Failure {
-    Failure::new(format!("Could not write '{}': {}", path.display(), crate::look::without_number(error)))
 }

@@ -32,6 +32,33 @@ pub struct EndArgs {
     pub shutdown_timeout: Duration,
 }
 
+/// Flags about how an export is found, and its server.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ExportArgs {
+    /// Name of the export
+    #[arg(short = 'x', long, value_name = "NAME", default_value = "")]
+    pub export_name: String,
+    /// Write the process number to this file; it is removed at the end
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
+}
+
+impl ExportArgs {
+    /// With the name of the image.
+    pub fn names<'a>(&'a self, image: &'a str) -> Names<'a> {
+        Names { export: &self.export_name, image }
+    }
+}
+
+/// What clients and the log call an export.
+#[derive(Debug, Clone, Copy)]
+pub struct Names<'a> {
+    /// For clients.
+    pub export: &'a str,
+    /// For the log.
+    pub image: &'a str,
+}
+
 /// A chain and its server.
 pub struct Session {
     chain: Arc<Chain>,
@@ -54,14 +81,15 @@ impl Session {
     pub fn start(
         chain: Chain,
         listener: Listener,
-        export_name: &str,
+        names: Names<'_>,
         end: &EndArgs,
         told: ToldArgs,
     ) -> Result<Self, Failure> {
         let chain = Arc::new(chain);
         let device: Arc<dyn BlockDevice> = Arc::clone(&chain.disk) as _;
         let options = ServerOptions {
-            export_name: export_name.to_owned(),
+            export_name: names.export.to_owned(),
+            device_name: names.image.to_owned(),
             // Most of the time is for saving bytes: that may need the origin.
             shutdown_timeout: (end.shutdown_timeout / 3).min(Duration::from_secs(5)),
             ..ServerOptions::default()

@@ -13,6 +13,8 @@ pub struct Spec {
     pub letters: &'static str,
     /// Arguments at least, options included, as in qemu-io.
     pub arguments_min: usize,
+    /// Arguments at most, where there is a limit.
+    pub arguments_max: Option<usize>,
     /// Arguments as help prints them.
     pub arguments: &'static str,
     /// What it does, for help.
@@ -22,23 +24,42 @@ pub struct Spec {
 /// The commands.
 pub const SPECS: &[Spec] = &[
     Spec {
-        names: &["alloc"],
-        letters: "",
-        arguments_min: 1,
-        arguments: "offset [count]",
-        help: "checks if offset is allocated in the file",
-    },
-    Spec {
         names: &["aio_flush"],
         letters: "",
         arguments_min: 0,
+        arguments_max: Some(0),
         arguments: "",
         help: "completes all outstanding aio requests",
+    },
+    Spec {
+        names: &["aio_read"],
+        letters: "CqrvP:",
+        arguments_min: 2,
+        arguments_max: None,
+        arguments: "[-Cqrv] [-P pattern] off len [len..]",
+        help: "reads a number of bytes at a specified offset",
+    },
+    Spec {
+        names: &["aio_write"],
+        letters: "CfqruzP:",
+        arguments_min: 2,
+        arguments_max: None,
+        arguments: "[-Cfqruz] [-P pattern] off len [len..]",
+        help: "writes a number of bytes at a specified offset",
+    },
+    Spec {
+        names: &["alloc"],
+        letters: "",
+        arguments_min: 1,
+        arguments_max: Some(2),
+        arguments: "offset [count]",
+        help: "checks if offset is allocated in the file",
     },
     Spec {
         names: &["discard", "d"],
         letters: "Cq",
         arguments_min: 2,
+        arguments_max: None,
         arguments: "[-Cq] off len",
         help: "discards a number of bytes at a specified offset",
     },
@@ -46,6 +67,7 @@ pub const SPECS: &[Spec] = &[
         names: &["flush", "f"],
         letters: "",
         arguments_min: 0,
+        arguments_max: Some(0),
         arguments: "",
         help: "flush all in-core file state to disk",
     },
@@ -53,13 +75,15 @@ pub const SPECS: &[Spec] = &[
         names: &["help", "?"],
         letters: "",
         arguments_min: 0,
-        arguments: "",
-        help: "help for all commands",
+        arguments_max: Some(1),
+        arguments: "[command]",
+        help: "help for one or all commands",
     },
     Spec {
         names: &["info", "i"],
         letters: "",
         arguments_min: 0,
+        arguments_max: Some(0),
         arguments: "",
         help: "prints information about the current file",
     },
@@ -67,6 +91,7 @@ pub const SPECS: &[Spec] = &[
         names: &["length", "l"],
         letters: "",
         arguments_min: 0,
+        arguments_max: Some(0),
         arguments: "",
         help: "gets the length of the current file",
     },
@@ -74,21 +99,31 @@ pub const SPECS: &[Spec] = &[
         names: &["map"],
         letters: "",
         arguments_min: 0,
+        arguments_max: Some(1),
         arguments: "",
         help: "prints the allocated areas of a file",
     },
-    Spec { names: &["quit", "q"], letters: "", arguments_min: 0, arguments: "", help: "exit the program" },
+    Spec {
+        names: &["quit", "q"],
+        letters: "",
+        arguments_min: 0,
+        arguments_max: Some(0),
+        arguments: "",
+        help: "exit the program",
+    },
     Spec {
         names: &["read", "r"],
         letters: "Cqrvl:s:P:",
         arguments_min: 2,
+        arguments_max: None,
         arguments: "[-Cqrv] [-P pattern [-s off] [-l len]] off len",
         help: "reads a number of bytes at a specified offset",
     },
     Spec {
-        names: &["readv", "rv", "aio_read"],
+        names: &["readv", "rv"],
         letters: "CqrvP:",
         arguments_min: 2,
+        arguments_max: None,
         arguments: "[-Cqrv] [-P pattern] off len [len..]",
         help: "reads a number of bytes at a specified offset",
     },
@@ -96,21 +131,24 @@ pub const SPECS: &[Spec] = &[
         names: &["sleep"],
         letters: "",
         arguments_min: 1,
+        arguments_max: Some(1),
         arguments: "",
         help: "waits for the given value in milliseconds",
     },
     Spec {
         names: &["write", "w"],
-        letters: "CfnqruzP:",
+        letters: "CfnqruzP:s:",
         arguments_min: 2,
-        arguments: "[-Cfnqruz] [-P pattern] off len",
+        arguments_max: None,
+        arguments: "[-Cfnqruz] [-P pattern | -s source_file] off len",
         help: "writes a number of bytes at a specified offset",
     },
     Spec {
-        names: &["writev", "wv", "aio_write"],
-        letters: "CfqruzP:",
+        names: &["writev", "wv"],
+        letters: "CfqrP:",
         arguments_min: 2,
-        arguments: "[-Cfqruz] [-P pattern] off len [len..]",
+        arguments_max: None,
+        arguments: "[-Cfqr] [-P pattern] off len [len..]",
         help: "writes a number of bytes at a specified offset",
     },
 ];
@@ -142,11 +180,15 @@ impl Words {
     /// Takes the arguments of a command apart.
     pub fn parse(spec: &Spec, arguments: &[&str]) -> Result<Self, Refused> {
         let name = spec.names[0];
-        if arguments.len() < spec.arguments_min {
+        let (count, min) = (arguments.len(), spec.arguments_min);
+        if count < min || spec.arguments_max.is_some_and(|max| count > max) {
+            let wanted = match spec.arguments_max {
+                None => format!("at least {min}"),
+                Some(max) if max == min => min.to_string(),
+                Some(max) => format!("between {min} and {max}"),
+            };
             return Err(Refused::Err(format!(
-                "bad argument count {} to {name}, expected at least {} arguments",
-                arguments.len(),
-                spec.arguments_min
+                "bad argument count {count} to {name}, expected {wanted} arguments"
             )));
         }
         let mut words = Self { options: Vec::new(), rest: Vec::new() };
@@ -188,7 +230,8 @@ impl Words {
         self.options.iter().any(|(given, _)| *given == letter)
     }
 
-    fn value(&self, letter: char) -> Option<&str> {
+    /// The value of an option.
+    pub fn value(&self, letter: char) -> Option<&str> {
         self.options.iter().rev().find(|(given, _)| *given == letter)?.1.as_deref()
     }
 
@@ -212,6 +255,18 @@ impl Words {
         bytes(self.rest.get(index).map_or("", String::as_str))
     }
 
+    /// The length at a place after the options, of one request; `but` says in which other case it might be larger.
+    pub fn len_of_request(&self, index: usize, but: &str) -> Result<u64, Refused> {
+        let len = self.bytes(index)?;
+        match len > REQUEST_BYTES_MAX {
+            true => Err(Refused::Out(format!(
+                "length cannot exceed {REQUEST_BYTES_MAX}{but}, given {}",
+                self.rest[index]
+            ))),
+            false => Ok(len),
+        }
+    }
+
     /// All lengths from a place on, together.
     pub fn len_from(&self, index: usize) -> Result<u64, Refused> {
         let mut all = 0_u64;
@@ -228,8 +283,38 @@ impl Words {
 impl Spec {
     /// The line that help prints.
     pub fn usage(&self) -> String {
+        self.usage_as(self.names[0])
+    }
+
+    /// The same under another of its names.
+    pub fn usage_as(&self, name: &str) -> String {
         let between = if self.arguments.is_empty() { "" } else { " " };
-        format!("{}{between}{} -- {}", self.names[0], self.arguments, self.help)
+        format!("{name}{between}{} -- {}", self.arguments, self.help)
+    }
+
+    /// What each of its options means, a line each.
+    pub fn options_help(&self) -> impl Iterator<Item = String> {
+        self.letters.chars().filter_map(|letter| {
+            let meaning = match letter {
+                'C' => "print one line of figures, for programs",
+                'P' if self.names[0].ends_with("read") || self.names[0] == "readv" => {
+                    "compare what was read with this byte"
+                }
+                'P' => "write this byte in place of 0xcd",
+                'f' => "end with the bytes on disk",
+                'l' => "with -P: compare so many bytes",
+                'n' => "with -z: fail rather than write zeros out",
+                'q' => "print no figures",
+                'r' => "nothing: buffers need no registration here",
+                's' if self.names[0] == "read" => "with -P: skip so many bytes first",
+                's' => "write what this file holds, again and again",
+                'u' => "with -z: space may be given back",
+                'v' => "print the bytes",
+                'z' => "write zeros, without data where the format can",
+                _ => return None,
+            };
+            Some(format!(" -{letter}, -- {meaning}"))
+        })
     }
 }
 

@@ -22,6 +22,7 @@ impl Drive {
     /// A parameter that is not known, or has no value where it needs one.
     pub fn parse(list: &str) -> Result<Self, Refused> {
         let mut drive = Self::default();
+        let mut media_is_cdrom = false;
         for (name, value) in options::pairs([list]) {
             let value = value.as_deref();
             let needed = || {
@@ -34,8 +35,19 @@ impl Drive {
                 "readonly" | "read-only" => drive.read_only = Some(options::switch(&name, value)?),
                 // Which bus a machine would put it on.
                 "if" => {}
+                "media" => match value {
+                    Some("cdrom") => media_is_cdrom = true,
+                    Some("disk") => media_is_cdrom = false,
+                    _ => return Err(Refused::new("Parameter 'media' expects 'cdrom' or 'disk'")),
+                },
                 _ => return Err(Refused::new(format!("--drive: Invalid parameter '{name}'"))),
             }
+        }
+        if media_is_cdrom {
+            if drive.read_only == Some(false) {
+                return Err(Refused::new("--drive: media=cdrom and readonly=off exclude each other"));
+            }
+            drive.read_only = Some(true);
         }
         Ok(drive)
     }
@@ -44,6 +56,19 @@ impl Drive {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Usual in drive lines of QEMU: `Invalid parameter 'media'` for who carried one over.
+    #[test]
+    fn a_cdrom_is_read_only() {
+        let read_only = |list| Drive::parse(list).map(|drive| drive.read_only);
+        assert_eq!(read_only("file=a,media=cdrom"), Ok(Some(true)));
+        assert_eq!(read_only("media=cdrom,readonly=on"), Ok(Some(true)));
+        assert_eq!(read_only("media=disk"), Ok(None));
+        assert_eq!(read_only("media=disk,readonly=on"), Ok(Some(true)));
+        for list in ["media=cdrom,readonly=off", "media=floppy", "media"] {
+            assert!(read_only(list).is_err(), "{list}");
+        }
+    }
 
     #[test]
     fn the_last_word_wins() {

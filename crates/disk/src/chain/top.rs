@@ -130,6 +130,10 @@ impl Opening {
             driver_of(&*file, self.options().format.as_deref()).await.map_err(|error| self.failed(error))?;
         let description = driver.describe(&file).await.map_err(|error| self.failed(error))?;
         let mapper = driver.open(file).await.map_err(|error| self.failed(error))?;
+        if self.options().on_change == OnChange::Repin && description.backing.is_some() {
+            self.shared
+                .warn(format!("{name}: --on-change=repin does nothing: the image is opened to read alone"));
+        }
         let (files, data_lock) =
             files::for_reading(&self.shared, &self.locator, origin, &description, None).await?;
         self.shared.locks.lock().extend(data_lock);

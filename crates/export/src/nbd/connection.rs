@@ -76,6 +76,8 @@ pub(super) enum End {
 /// What the handshake agreed on, and what the server gives.
 pub(super) struct Setup {
     pub device: Arc<dyn BlockDevice>,
+    /// For the log.
+    pub device_name: String,
     pub headers: Headers,
     pub contexts: Contexts,
     pub mailbox: Arc<Mailbox>,
@@ -213,7 +215,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.setup.mailbox.collect(&mut completions);
         for completion in completions.drain(..) {
             self.jobs.end(&completion);
-            let Completion { cookie, offset, outcome, .. } = completion;
+            let Completion { cookie, offset, len, outcome, .. } = completion;
             match outcome {
                 Outcome::Done => self.done(cookie, offset, Done::Other),
                 Outcome::Data(data) => {
@@ -222,7 +224,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                     self.outbox.push_shared(data);
                 }
                 Outcome::Chunks(chunks) => self.outbox.push_shared(chunks),
-                Outcome::Failed { errno, text } => self.fail(cookie, offset, errno, &text),
+                Outcome::Failed { errno, text } => self.fail(cookie, offset, len, errno, &text),
+                Outcome::Abandoned => {
+                    self.send_error(cookie, offset, Errno::Io, "the request was abandoned");
+                }
             }
         }
         self.scratch = completions;
@@ -426,7 +431,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     fn answer(&mut self, request: &Request, outcome: Outcome) -> Step {
         match outcome {
-            Outcome::Failed { errno, text } => self.fail(request.cookie, request.offset, errno, &text),
+            Outcome::Failed { errno, text } => {
+                self.fail(request.cookie, request.offset, request.len, errno, &text);
+            }
             _ => self.done(request.cookie, request.offset, Done::Other),
         }
         Step::Taken
@@ -437,14 +444,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.outbox.push(self.setup.headers.done(cookie, offset, kind).bytes());
     }
 
-    fn fail(&mut self, cookie: u64, offset: u64, errno: Errno, text: &str) {
-        tracing::debug!(cookie, offset, ?errno, text, "request failed");
+    fn fail(&mut self, cookie: u64, offset: u64, len: u64, errno: Errno, text: &str) {
+        tracing::debug!(cookie, offset, len, ?errno, text, "request failed");
         // The client's user is told a number alone. A client that fails on purpose is to fill no log.
         let is_ours = matches!(errno, Errno::Io | Errno::NoSpace);
         if is_ours && self.told.0 < TOLD_MAX && self.told.1 != text {
             self.told = (self.told.0 + 1, text.to_owned());
-            tracing::error!("{text}");
+            match errno {
+                // The system's words alone: they name no file.
+                Errno::NoSpace => {
+                    tracing::error!("{}: {len} bytes at offset {offset}: {text}", self.setup.device_name);
+                }
+                _ => tracing::error!("{text}"),
+            }
         }
+        self.send_error(cookie, offset, errno, text);
+    }
+
+    fn send_error(&mut self, cookie: u64, offset: u64, errno: Errno, text: &str) {
         let outbox = &mut self.outbox;
         self.setup.headers.error(cookie, offset, errno.number(), text, &mut |bytes| outbox.push(bytes));
     }
@@ -461,6 +478,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             mailbox: self.setup.mailbox.clone(),
             cookie: request.cookie,
             offset: request.offset,
+            len: request.len,
             slot,
             charge,
             is_open: true,

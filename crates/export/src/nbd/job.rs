@@ -98,6 +98,8 @@ pub(super) enum Outcome {
         errno: Errno,
         text: String,
     },
+    /// Nobody waits for it any more, or its task broke, which is told elsewhere.
+    Abandoned,
 }
 
 impl Outcome {
@@ -111,6 +113,8 @@ pub(super) struct Completion {
     pub cookie: u64,
     /// The request's, bytes.
     pub offset: u64,
+    /// The request's, bytes.
+    pub len: u64,
     /// The place in the connection's table of tasks.
     pub slot: usize,
     /// Bytes that were counted as in flight for it.
@@ -166,6 +170,7 @@ pub(super) struct Ticket {
     pub mailbox: Arc<Mailbox>,
     pub cookie: u64,
     pub offset: u64,
+    pub len: u64,
     pub slot: usize,
     pub charge: usize,
     pub is_open: bool,
@@ -181,6 +186,7 @@ impl Ticket {
         self.mailbox.put(Completion {
             cookie: self.cookie,
             offset: self.offset,
+            len: self.len,
             slot: self.slot,
             charge: self.charge,
             outcome,
@@ -191,7 +197,7 @@ impl Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         if self.is_open {
-            self.give_back(Outcome::Failed { errno: Errno::Io, text: "the request was abandoned".into() });
+            self.give_back(Outcome::Abandoned);
         }
     }
 }

@@ -53,6 +53,8 @@ pub struct ServerOptions {
     pub export_name: String,
     /// Told to clients that list, at most 4096 bytes; may be empty.
     pub description: String,
+    /// What the log calls the device; clients are not told.
+    pub device_name: String,
     /// How long a client may take until it has chosen the export.
     pub handshake_timeout: Duration,
     /// How long an ending connection waits for its requests, and for its client to receive the replies.
@@ -66,6 +68,7 @@ impl Default for ServerOptions {
         Self {
             export_name: String::new(),
             description: String::new(),
+            device_name: String::new(),
             handshake_timeout: Duration::from_secs(10),
             shutdown_timeout: Duration::from_secs(10),
             connections_max: 1024,
@@ -236,6 +239,12 @@ impl Drop for Registered {
     }
 }
 
+/// Whether a client went away, whatever it had sent or not read by then.
+fn is_gone(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected | UnexpectedEof)
+}
+
 async fn serve_one<S>(shared: &Arc<Shared>, mut stream: S, mailbox: Arc<Mailbox>)
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -254,16 +263,18 @@ where
             Err(_) => return tracing::warn!("the client took too long for the handshake"),
             Ok(Err(NoAgreement::Aborted)) => return tracing::debug!("the client aborted the handshake"),
             // Port scanners, and clients that only look whether someone is there.
-            Ok(Err(NoAgreement::Io(error))) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            Ok(Err(NoAgreement::Io(error))) if is_gone(&error) => {
                 return tracing::debug!("the client left during the handshake");
             }
-            Ok(Err(error)) => return tracing::warn!(%error, "handshake"),
+            Ok(Err(NoAgreement::Io(error))) => return tracing::warn!("the handshake failed: {error}"),
+            Ok(Err(error)) => return tracing::warn!("{error}"),
             Ok(Ok(agreement)) => agreement,
         },
     };
     tracing::debug!(headers = ?agreement.headers, contexts = ?agreement.contexts, "transmission");
     let setup = Setup {
         device: shared.device.clone(),
+        device_name: shared.options.device_name.clone(),
         headers: agreement.headers,
         contexts: agreement.contexts,
         mailbox,

@@ -16,7 +16,7 @@ use super::{
         AUTOCLEAR_ONLY_READONCE, BACKING_NAME_BYTES_MAX, COMPAT_COPY_ON_READ, COMPAT_PIN,
         FEATURE_BACKING_FILE, FEATURE_BACKING_NO_PROBE, Fields, HEADER_BYTES, MAGIC,
     },
-    layout::{CLUSTER_SIZE_MAX, CLUSTER_SIZE_MIN, SECTOR_BYTES, TABLE_SIZE_MAX, image_size_max},
+    layout::{CLUSTER_SIZE_MAX, CLUSTER_SIZE_MIN, ENTRY_BYTES, SECTOR_BYTES, TABLE_SIZE_MAX, image_size_max},
     record,
 };
 use crate::{
@@ -73,6 +73,22 @@ impl Options {
         }
         Ok(parsed)
     }
+}
+
+/// QEMU takes a table of one cluster for an offset that overflows, and counts the bytes of the largest guest in 64 bits: where
+/// they need more, no size is small enough.
+pub(super) fn refused_by_qemu(spec: &CreateSpec) -> Option<&'static str> {
+    let Options { cluster_size, table_size, .. } = Options::parse(&spec.options).ok()?;
+    match size_max_in_qemu(cluster_size, table_size) {
+        None => Some("QED image size is invalid"),
+        Some(_) if table_size == 1 => Some("QED table offset is invalid"),
+        Some(_) => None,
+    }
+}
+
+fn size_max_in_qemu(cluster_size: u64, table_size: u64) -> Option<u64> {
+    let entries = table_size.checked_mul(cluster_size)? / ENTRY_BYTES;
+    entries.checked_mul(cluster_size)?.checked_mul(entries)
 }
 
 /// What a new image's head holds.

@@ -63,6 +63,10 @@ impl Driver for Qed {
         Box::pin(create::create(file, spec))
     }
 
+    fn refused_by_qemu(&self, spec: &CreateSpec) -> Option<&'static str> {
+        create::refused_by_qemu(spec)
+    }
+
     fn describe<'a>(&self, file: &'a Arc<dyn ReadAt>) -> BoxFuture<'a, Result<Description, FormatError>> {
         Box::pin(async move { Ok(Header::read(file.as_ref()).await?.describe()) })
     }

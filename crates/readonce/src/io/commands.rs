@@ -1,6 +1,7 @@
 //! What the commands of `readonce io` do.
 
 use std::{
+    io::Read,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -15,6 +16,8 @@ use crate::{chain_args::OriginArgs, failure::Failure, human, info, look, report,
 const PIECE_BYTES_MAX: u64 = 32 << 20;
 /// What is written without `-P`, as in qemu-io.
 const PATTERN_DEFAULT: u8 = 0xcd;
+/// A shorter pattern is repeated beforehand.
+const PATTERN_BYTES_MIN: usize = 64 << 10;
 /// Extents asked for at a time.
 const EXTENTS_MAX: usize = 1024;
 
@@ -47,11 +50,13 @@ impl Machine {
             eprintln!("command \"{name}\" not found");
             return Done::Badly;
         };
+        let is_one_range = matches!(spec.names[0], "read" | "write" | "discard");
         let ran = match Words::parse(spec, &arguments) {
+            Ok(words) if is_one_range && words.rest.len() > 2 => Err(Refused::Out(spec.usage())),
             Ok(words) => match spec.names[0] {
                 "quit" => return Done::Quit,
-                "read" | "readv" => self.read(&words).await,
-                "write" | "writev" => self.write(&words).await,
+                "read" | "readv" | "aio_read" => self.read(&words).await,
+                "write" | "writev" | "aio_write" => self.write(&words, is_one_range).await,
                 "discard" => self.discard(&words).await,
                 "flush" => Ok(self.told(self.disk.flush().await, "flush")),
                 "length" => {
@@ -70,12 +75,7 @@ impl Machine {
                         Err(Refused::Out(format!("{} is not a valid argument to sleep", words.rest[0])))
                     }
                 },
-                "help" => {
-                    for spec in SPECS {
-                        stdout::line(spec.usage());
-                    }
-                    Ok(Done::Well)
-                }
+                "help" => help(words.rest.first().map(String::as_str)),
                 // aio_flush: nothing is ever left under way.
                 _ => Ok(Done::Well),
             },
@@ -174,8 +174,11 @@ impl Machine {
         Ok(if differs { Done::Badly } else { Done::Well })
     }
 
-    async fn write(&self, words: &Words) -> Result<Done, Refused> {
-        if words.has('z') && words.has('P') {
+    async fn write(&self, words: &Words, is_one_range: bool) -> Result<Done, Refused> {
+        if self.is_read_only() {
+            return Ok(Done::Badly);
+        }
+        if ['z', 'P', 's'].into_iter().filter(|&letter| words.has(letter)).count() > 1 {
             return Err(Refused::Out(
                 "Only one of -z, -P, and -s can be specified at the same time".to_owned(),
             ));
@@ -187,8 +190,17 @@ impl Machine {
         }
         let pattern = words.pattern()?.unwrap_or(PATTERN_DEFAULT);
         let offset = words.bytes(0)?;
-        let len = if words.has('z') { words.bytes(1)? } else { words.len_from(1)? };
-        if self.is_read_only() || !self.inside(offset, len, "write") {
+        let len = match (words.has('z'), words.has('n')) {
+            (true, true) => words.bytes(1)?,
+            (true, false) => words.len_of_request(1, " without -n")?,
+            (false, _) if is_one_range => words.len_of_request(1, " without -n")?,
+            (false, _) => words.len_from(1)?,
+        };
+        let pattern = match words.value('s') {
+            Some(path) => source(path, len)?,
+            None => vec![pattern],
+        };
+        if !self.inside(offset, len, "write") {
             return Ok(Done::Badly);
         }
         let began = Instant::now();
@@ -200,7 +212,7 @@ impl Machine {
                     len => self.disk.write_zeroes(offset, len, mode).await,
                 }
             }
-            false => self.write_pattern(offset, len, pattern).await,
+            false => self.write_pattern(offset, len, &pattern).await,
         };
         let result = match (result, words.has('f')) {
             (Ok(()), true) => self.disk.flush().await,
@@ -214,21 +226,31 @@ impl Machine {
         Ok(done)
     }
 
-    async fn write_pattern(&self, offset: u64, len: u64, pattern: u8) -> Result<(), DeviceError> {
-        let data =
-            Bytes::from(vec![pattern; usize::try_from(len.min(PIECE_BYTES_MAX)).expect("it is small")]);
-        let mut at = offset;
+    /// Writes `pattern`, again and again.
+    async fn write_pattern(&self, offset: u64, len: u64, pattern: &[u8]) -> Result<(), DeviceError> {
+        let pattern = pattern.repeat(PATTERN_BYTES_MIN.div_ceil(pattern.len().max(1)));
+        let (mut at, mut next) = (offset, 0);
         while at < offset + len {
             let piece = (offset + len - at).min(PIECE_BYTES_MAX);
-            self.disk.write(at, data.slice(..usize::try_from(piece).expect("it is small"))).await?;
+            let piece_len = usize::try_from(piece).expect("it is small");
+            let mut data = Vec::with_capacity(piece_len);
+            while data.len() < piece_len {
+                let run = (pattern.len() - next).min(piece_len - data.len());
+                data.extend_from_slice(&pattern[next..next + run]);
+                next = (next + run) % pattern.len();
+            }
+            self.disk.write(at, Bytes::from(data)).await?;
             at += piece;
         }
         Ok(())
     }
 
     async fn discard(&self, words: &Words) -> Result<Done, Refused> {
-        let (offset, len) = (words.bytes(0)?, words.bytes(1)?);
-        if self.is_read_only() || !self.inside(offset, len, "discard") {
+        if self.is_read_only() {
+            return Ok(Done::Badly);
+        }
+        let (offset, len) = (words.bytes(0)?, words.len_of_request(1, "")?);
+        if !self.inside(offset, len, "discard") {
             return Ok(Done::Badly);
         }
         let began = Instant::now();
@@ -310,6 +332,36 @@ impl Machine {
             at += len;
         }
         Ok(Done::Well)
+    }
+}
+
+/// What help says, of one command or of all.
+fn help(name: Option<&str>) -> Result<Done, Refused> {
+    let Some(name) = name else {
+        for spec in SPECS {
+            stdout::line(spec.usage());
+        }
+        stdout::line("\nUse 'help commandname' for extended help.");
+        return Ok(Done::Well);
+    };
+    let Some(spec) = SPECS.iter().find(|spec| spec.names.contains(&name)) else {
+        return Err(Refused::Out(format!("command {name} not found")));
+    };
+    stdout::line(spec.usage_as(name));
+    for line in spec.options_help() {
+        stdout::line(line);
+    }
+    Ok(Done::Well)
+}
+
+/// The first bytes of a file, `len` of them at most.
+fn source(path: &str, len: u64) -> Result<Vec<u8>, Refused> {
+    let failed = |error: std::io::Error| Refused::Err(format!("{path}: {}", look::without_number(&error)));
+    let mut bytes = Vec::new();
+    std::fs::File::open(path).and_then(|file| file.take(len).read_to_end(&mut bytes)).map_err(failed)?;
+    match bytes.is_empty() && len > 0 {
+        true => Err(Refused::Err(format!("{path}: file is empty"))),
+        false => Ok(bytes),
     }
 }
 

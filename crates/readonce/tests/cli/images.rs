@@ -408,3 +408,26 @@ async fn pinned_without_signature((format, options): (&str, &str)) {
     readonce(at, &["info", "c.img"]).ok();
     readonce(at, &["check", "c.img"]).ok();
 }
+
+/// QED allows them, QEMU does not open them: who made one for QEMU would find out when it is full.
+#[test]
+fn qed_images_that_qemu_cannot_open_are_told_at_create() {
+    let folder = folder();
+    let at = folder.path();
+    for cluster_size in ["4k", "2M", "4M", "8M", "16M", "64M"] {
+        for table_size in ["1", "2", "4", "8", "16"] {
+            let sizes = format!("cluster_size={cluster_size},table_size={table_size}");
+            let told = readonce(at, &["create", "-f", "qed", "-o", &sizes, "w.qed", "1M"]).ok();
+            let opened = qemu_img(at, &["info", "w.qed"]);
+            if opened.code == Some(0) {
+                assert_eq!(told.err, "", "{sizes}");
+                continue;
+            }
+            let words = opened.err.trim_end().rsplit(": ").next().expect("words");
+            assert!(
+                told.err.contains(&format!("warning: QEMU cannot open w.qed (\"{words}\")")),
+                "{sizes}: {told:?} {opened:?}"
+            );
+        }
+    }
+}

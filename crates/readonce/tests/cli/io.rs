@@ -2,7 +2,7 @@
 
 use std::process::Stdio;
 
-use crate::common::{KEEPERS, Ran, command, folder, qemu_img, qemu_io, readonce};
+use crate::common::{KEEPERS, Ran, Serving, command, folder, qemu_img, qemu_io, readonce};
 
 /// Without the figures that no two runs share.
 fn without_times(ran: Ran) -> Ran {
@@ -29,6 +29,8 @@ fn words_in((format, options): (&str, &str)) {
         std::fs::write(at.join("base.raw"), vec![0x5a; 1 << 20]).expect("room");
         qemu_img(at, &["create", "-q", "-f", format, "-o", &options, "-b", "base.raw", "-F", "raw", "w.img"])
             .ok();
+        std::fs::write(at.join("abc"), "abc").expect("room");
+        std::fs::write(at.join("empty"), "").expect("room");
     }
     for commands in [
         &["read 0 64k", "length", "read -P 0x5a 0 1M"][..],
@@ -48,8 +50,28 @@ fn words_in((format, options): (&str, &str)) {
         &["write -P 1 -z 0 1k"],
         &["write -n 0 64k"],
         &["writev -P 1 0 1k 1k", "readv -v 0 16 16", "writev -q 0 512"],
-        &["aio_write -P 3 0 1k", "aio_flush", "read -P 3 0 1k"],
+        &[
+            "aio_write -P 3 0 1k",
+            "aio_flush",
+            "aio_write -z 0 512",
+            "aio_flush",
+            "write -P 3 0 512",
+            "read -P 3 0 1k",
+        ],
         &["info"],
+        // More than QEMU takes in one request: a typed T for M is to be told, not written for an hour.
+        &[
+            "write -z 0 4G",
+            "discard 0 3G",
+            "write -z 0 2147483648",
+            "discard 0 x",
+            "write -P 1 0 3G",
+            "read 0 3G",
+            "discard 0 1k 1k",
+        ],
+        &["write -s abc 0 10", "read -v 0 10", "writev -z 0 512"],
+        &["write -s nofile 0 8", "write -s empty 0 8", "write -s abc -P 1 0 8", "write -s abc -z 0 8"],
+        &["sleep", "sleep 1 2", "help read write", "help nope", "alloc 0 1 2", "length 1", "flush x"],
         &["quit", "read 0 1k"],
     ] {
         let mut arguments: Vec<&str> = commands.iter().flat_map(|command| ["-c", command]).collect();
@@ -58,6 +80,11 @@ fn words_in((format, options): (&str, &str)) {
         arguments.insert(0, "io");
         assert_eq!(without_times(readonce(ours.path(), &arguments)), wanted, "{commands:?}");
     }
+    // One command, not all; the first line alone is the same, as ours has fewer options.
+    let told = readonce(ours.path(), &["io", "-c", "help discard", "w.img"]).ok().out;
+    let wanted = qemu_io(theirs.path(), &["-c", "help discard", "w.img"]).ok().out;
+    assert_eq!(told.lines().next(), wanted.lines().next());
+    assert!(!told.contains("writes a number"), "{told}");
     // Ours has fewer options, so its usage is another.
     let refused = readonce(ours.path(), &["io", "-c", "write -x 0 1", "w.img"])
         .fails(1, "write: invalid option -- 'x'\n");
@@ -65,6 +92,37 @@ fn words_in((format, options): (&str, &str)) {
     qemu_img(ours.path(), &["check", "w.img"]).ok();
     let theirs = theirs.path().join("w.img");
     qemu_img(ours.path(), &["compare", "w.img", theirs.to_str().expect("text")]).ok();
+}
+
+/// Scripts match this line.
+#[test]
+fn what_cannot_be_opened_is_told_in_the_words_of_qemu_io() {
+    let folder = folder();
+    let at = folder.path();
+    std::fs::write(at.join("not.img"), "hello").expect("room");
+    std::fs::create_dir(at.join("d")).expect("room");
+    for format in ["qed", "qcow2"] {
+        readonce(at, &["create", "-q", "-f", format, &format!("a.{format}"), "1M"]).ok();
+    }
+    let serving = [Serving::start(at, &["-k", "s", "a.qed"]), Serving::start(at, &["-k", "t", "a.qcow2"])];
+    for arguments in [
+        &["-f", "qed", "not.img"][..],
+        &["-f", "qcow2", "not.img"],
+        &["-f", "qcow2", "absent.img"],
+        &["absent.img"],
+        &["-r", "absent.img"],
+        &["d"],
+        &["-f", "foo", "not.img"],
+        &["a.qed"],
+        &["a.qcow2"],
+    ] {
+        let arguments = [&["-c", "length"], arguments].concat();
+        let wanted = qemu_io(at, &arguments);
+        let told = readonce(at, &[&["io"][..], &arguments].concat());
+        assert_eq!(told.err, wanted.err.replace("qemu-io: ", "readonce: "), "{arguments:?}");
+        assert_eq!((told.code, told.out), (wanted.code, wanted.out), "{arguments:?}");
+    }
+    drop(serving);
 }
 
 #[test]
@@ -104,6 +162,12 @@ fn copy_on_read_and_read_only() {
     local("65536/1048576");
     readonce(at, &["io", "--drive", "file=w.qed,cor=on,if=virtio", "-c", "read 64k 1"]).ok();
     local("131072/1048576");
+    // As with qemu-io: nothing to copy is no error.
+    readonce(at, &["create", "-q", "-f", "qed", "alone.qed", "1M"]).ok();
+    readonce(at, &["io", "-C", "-c", "read 0 4k", "alone.qed"]).ok();
+    // What is asked for and not done is told.
+    let told = readonce(at, &["io", "-r", "--on-change=repin", "-c", "length", "w.qed"]).ok();
+    assert!(told.err.contains("--on-change=repin does nothing"), "{told:?}");
 }
 
 #[test]

@@ -106,6 +106,21 @@ async fn a_second_run_of_the_same_url_is_told_so() {
     readonce(at, &["run", &url, "--", "true"]).ok();
 }
 
+/// The flags of serve: a script that runs either gives both the same.
+#[test]
+fn the_export_has_a_name_and_the_process_a_file() {
+    let folder = folder();
+    let at = folder.path();
+    readonce(at, &["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]).ok();
+    let script = "echo {uri} && test \"$(cat pid)\" = $PPID && qemu-img info {uri} >info";
+    let told =
+        readonce(at, &["run", "--pid-file", "pid", "-x", "disk", "a.qcow2", "--", "sh", "-c", script]).ok();
+    assert!(told.out.starts_with("nbd+unix:///disk?socket="), "{told:?}");
+    assert_eq!(names(at), ["a.qcow2", "info"]);
+    readonce(at, &["run", "--pid-file", "no/pid", "a.qcow2", "--", "true"])
+        .fails(1, "Could not write 'no/pid': No such file or directory");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_of_ones_own_keeps_everything() {
     let folder = folder();

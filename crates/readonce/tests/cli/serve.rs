@@ -229,6 +229,38 @@ async fn an_origin_away_at_open_is_a_warning() {
     assert!(ended.err.contains("readonce: warning: ") && ended.err.contains(&origin.url()), "{ended:?}");
 }
 
+/// Each would be a line in somebody's log, and an alarm, of nothing that went wrong.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_goes_away_is_no_news() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    image_over(&origin.url(), at, ANY);
+    let serving = Serving::start(at, &["-k", "s", "c.img"]);
+    let gate = std::sync::Arc::new(tokio::sync::Semaphore::new(0));
+    origin.fault(When::always(), Fault::HoldHead(gate.clone()));
+    let mut client = std::process::Command::new("qemu-io")
+        .args(["-f", "raw", "-c", "read 0 64k", &serving.uri])
+        .spawn()
+        .expect("it starts");
+    while origin.in_flight() == 0 {
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    client.kill().expect("it runs");
+    client.wait().expect("it ends");
+    for words in [&b""[..], b"\0\0\0\x03", b"\0\0\0\x03IHAVEOPT\0\0\0\x03\0\0\0\0"] {
+        let mut client = std::os::unix::net::UnixStream::connect(at.join("s")).expect("it listens");
+        std::io::Write::write_all(&mut client, words).expect("it is there");
+    }
+    origin.heal();
+    gate.add_permits(64);
+    qemu_io(at, &["-f", "raw", "-c", "read 0 64k", &serving.uri]).ok();
+    let ended = serving.end_by(libc::SIGTERM);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(!ended.err.contains("abandoned") && !ended.err.contains("handshake"), "{ended:?}");
+    assert!(!ended.err.contains("warning"), "{ended:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn passing_failures_are_not_seen() {
     let folder = folder();
