@@ -51,6 +51,8 @@ const RESERVED: &[&str] = &[
 #[derive(Clone, Default)]
 pub struct Credentials {
     bound: Vec<Bound>,
+    /// A variable that is set, where no host is known to bind it to.
+    bound_to_no_host: Option<&'static str>,
 }
 
 #[derive(Clone)]
@@ -71,12 +73,6 @@ pub enum CredentialsError {
         variable: String,
         /// As given.
         value: String,
-    },
-    /// Credentials are there, but no host that they are for.
-    #[error("{variable} is set, but not for which host: set {HOST_VARIABLE}=https://HOST")]
-    NoHost {
-        /// Which variable.
-        variable: &'static str,
     },
     /// Two ways to authenticate at once.
     #[error("{USER_VARIABLE} and {TOKEN_VARIABLE} are both set: only one of them can be sent")]
@@ -152,6 +148,9 @@ impl Credentials {
             (None, Some(token)) => Some((format!("Bearer {token}"), TOKEN_VARIABLE)),
             (None, None) => None,
         };
+        if to.is_none() {
+            credentials.bound_to_no_host = authorization.as_ref().map(|(_, variable)| *variable);
+        }
         if let (Some((value, variable)), Some(to)) = (authorization, &to) {
             let value = HeaderValue::from_str(&value)
                 .map_err(|_| CredentialsError::Value { variable: variable.to_string() })?;
@@ -249,6 +248,19 @@ impl Credentials {
     pub fn is_empty(&self) -> bool {
         self.bound.is_empty()
     }
+
+    /// The variable that is set, but bound to nothing and so never sent: nothing says which host it is for.
+    pub fn bound_to_no_host(&self) -> Option<&'static str> {
+        self.bound_to_no_host
+    }
+
+    /// What they are bound to, each once: scheme, host and port.
+    pub(crate) fn places(&self) -> Vec<String> {
+        let mut places: Vec<String> = self.bound.iter().map(|bound| authority(&bound.to)).collect();
+        places.sort();
+        places.dedup();
+        places
+    }
 }
 
 impl fmt::Debug for Credentials {
@@ -258,7 +270,8 @@ impl fmt::Debug for Credentials {
     }
 }
 
-fn authority(url: &Url) -> String {
+/// `scheme://host:port`.
+pub(crate) fn authority(url: &Url) -> String {
     url.origin().ascii_serialization()
 }
 
@@ -367,7 +380,10 @@ mod tests {
         .expect("valid");
         assert_eq!(sent(&user, "http://h:81/x"), "authorization=Basic bWU6cHc=");
         assert_eq!(sent(&user, "https://other/"), "");
-        assert!(from(&[(TOKEN_VARIABLE, "t")], None).expect("valid").is_empty());
+        let unbound = from(&[(TOKEN_VARIABLE, "t")], None).expect("valid");
+        assert!(unbound.is_empty());
+        assert_eq!(unbound.bound_to_no_host(), Some(TOKEN_VARIABLE));
+        assert_eq!((token.bound_to_no_host(), user.bound_to_no_host()), (None, None));
     }
 
     #[test]

@@ -15,7 +15,8 @@ use crate::{Credentials, FetchError, FileOrigin, Locator, Origin, Version, remot
 /// How an origin is opened and asked.
 #[derive(Debug, Clone)]
 pub struct OriginOptions {
-    /// How long a fetch is tried again since the last byte arrived (`--retry-for`). Zero: never again.
+    /// How long a fetch is tried again since the last byte arrived (`--retry-for`). Zero: never again. An attempt is silent for no
+    /// longer than that, but for a second at least.
     pub retry_for: Duration,
     /// The same for the probe at open, which a person waits for.
     pub probe_for: Duration,

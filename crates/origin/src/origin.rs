@@ -31,7 +31,7 @@ pub type Sink<'a> = &'a mut (dyn FnMut(u64, Bytes) + Send);
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum FetchError {
     /// Retries are spent; the next request tries again.
-    #[error("{origin}: no answer for {} s, {attempts} attempts; last: {cause}", waited.as_secs())]
+    #[error("{origin}: given up after {} s, {}; last: {cause}", waited.as_secs(), counted(u64::from(*attempts), "attempt"))]
     Away {
         /// The origin's printable name.
         origin: String,
@@ -58,6 +58,12 @@ pub enum FetchError {
         /// The cause in words.
         cause: String,
     },
+}
+
+/// `1 attempt`, `2 attempts`.
+pub(crate) fn counted(count: u64, of: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {of}{plural}")
 }
 
 /// A read-only source of bytes at one version.

@@ -4,6 +4,7 @@
 //! - A body that breaks off is resumed: only the rest of the range is asked again (I4).
 //! - A redirect is resolved once. The resolved URL is kept until it is denied (an expired signature) or fails without an
 //!   answer; then the first URL is asked again.
+//! - Silence is waited out for no longer than the whole patience there is, be it for a probe or for a fetch.
 //! - If-Match goes along with a strong ETag, so that a changed file costs no body. If-Range would answer with the whole file.
 //!
 //! Not here: bytes on the wire (`transport`), patience (`retry`), order (`schedule`), time limits (`stall`).
@@ -18,7 +19,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use futures_util::{FutureExt, StreamExt};
+use futures_util::{FutureExt, StreamExt, future::Either};
 use http::{HeaderMap, HeaderValue, header};
 use parking_lot::Mutex;
 use readonce_storage::{BoxFuture, ReadAt, Rt};
@@ -27,7 +28,9 @@ use url::Url;
 use crate::{
     Class, Credentials, FetchError, Origin, OriginNote, OriginOptions, OriginStats, Reach, Sink,
     StatsSnapshot, Validator, Version,
+    credentials::{HOST_VARIABLE, authority},
     http::HttpTransport,
+    origin::counted,
     redirect,
     response::{Verdict, judge},
     retry::{Action, Retry},
@@ -43,6 +46,12 @@ const BACKGROUND_REQUESTS_MAX: usize = 8;
 
 /// The range of the probe: one byte, since a signed URL may refuse HEAD.
 const PROBE: Range<u64> = 0..1;
+
+/// A probe that takes longer is told of: a person waits, and may think that nothing happens.
+const WAIT_TOLD_AFTER: Duration = Duration::from_secs(1);
+
+/// The shortest silence that counts as a failure, however short the patience: a distant server may need that long.
+const SILENCE_MIN: Duration = Duration::from_secs(1);
 
 /// A file behind a URL.
 pub struct HttpOrigin {
@@ -83,7 +92,6 @@ impl HttpOrigin {
             _ => match (remote.probe(expect, options.probe_for).await, expect, options.reach) {
                 (Ok(version), ..) => version,
                 (Err(FetchError::Away { cause, .. }), Some(pinned), Reach::Preferred) => {
-                    tracing::warn!(origin = %remote.name, %cause, "the backing cannot be reached now");
                     notes.push(OriginNote::NotReached { cause });
                     pinned.clone()
                 }
@@ -99,7 +107,6 @@ impl HttpOrigin {
             notes.push(OriginNote::MayHaveChanged { expected, found });
         }
         if version.validator.is_length_only() {
-            tracing::warn!(origin = %remote.name, "the server sends neither ETag nor Last-Modified");
             notes.push(OriginNote::LengthOnly);
         }
         let places = Places::new(options.connections_max, BACKGROUND_REQUESTS_MAX);
@@ -128,7 +135,13 @@ impl HttpOrigin {
                 self.remote.stats.add_bytes(len);
                 retry.progress(self.remote.rt.now());
             };
-            let error = match self.remote.attempt(rest, Some(&self.version), &mut take).await {
+            // No patience at all means one attempt, and that gets a whole one's time.
+            let silence_max = match self.retry_for.is_zero() {
+                true => self.remote.stall_timeout,
+                false => self.remote.silence_max(self.retry_for),
+            };
+            let attempt = self.remote.attempt(rest, Some(&self.version), silence_max, &mut take);
+            let error = match attempt.await {
                 Ok(_) => return Ok(()),
                 // The break came after the last byte.
                 Err(Failure::Passing { .. }) if at == range.end => return Ok(()),
@@ -245,14 +258,30 @@ impl Remote {
         }
     }
 
-    /// Finds the version by one byte; with `pinned` it must be that one.
+    /// How long an attempt may be silent where `limit` is all the patience there is.
+    fn silence_max(&self, limit: Duration) -> Duration {
+        self.stall_timeout.min(limit.max(SILENCE_MIN))
+    }
+
+    /// Finds the version by one byte; with `pinned` it must be that one. A wait is told of, once.
     async fn probe(&self, pinned: Option<&Version>, limit: Duration) -> Result<Version, FetchError> {
+        let probing = std::pin::pin!(self.probe_silently(pinned, limit));
+        match futures_util::future::select(probing, self.rt.sleep(WAIT_TOLD_AFTER)).await {
+            Either::Left((found, _)) => found,
+            Either::Right(((), probing)) => {
+                tracing::warn!("waiting for {}", self.name);
+                probing.await
+            }
+        }
+    }
+
+    async fn probe_silently(&self, pinned: Option<&Version>, limit: Duration) -> Result<Version, FetchError> {
         let mut retry = Retry::new(self.rt.now(), limit);
         loop {
             let mut ignore = |_| ();
-            let attempt = self.attempt(PROBE, pinned, &mut ignore);
-            // A person waits: silence longer than the whole limit is not waited out.
-            let patience = self.stall_timeout.min(limit.max(Duration::from_secs(1)));
+            let patience = self.silence_max(limit);
+            let attempt = self.attempt(PROBE, pinned, patience, &mut ignore);
+            // A person waits: redirects and slow bytes do not prolong it.
             let error = match readonce_storage::runtime::timeout(&self.rt, patience, attempt).await {
                 Ok(Ok(version)) => return Ok(version),
                 Ok(Err(error)) => error,
@@ -289,14 +318,16 @@ impl Remote {
         FetchError::Permanent { origin: self.name.clone(), cause }
     }
 
-    /// Asks for `range` once, redirects included, and hands its bytes to `take` in order.
+    /// Asks for `range` once, redirects included, and hands its bytes to `take` in order. It fails after `silence_max` without
+    /// any.
     async fn attempt(
         &self,
         range: Range<u64>,
         pinned: Option<&Version>,
+        silence_max: Duration,
         take: &mut (dyn FnMut(Bytes) + Send),
     ) -> Result<Version, Failure> {
-        let mut watch = StallWatch::new(&self.rt, self.stall_timeout);
+        let mut watch = StallWatch::new(&self.rt, silence_max);
         let (mut url, mut from_memory) = match self.resolved.lock().clone() {
             Some(url) => (url, true),
             None => (self.url.clone(), false),
@@ -313,7 +344,7 @@ impl Remote {
                     self.forget_resolved();
                     let failure = match failed {
                         Ok(Err(error)) => error.into(),
-                        _ => Failure::Passing { cause: no_answer(self.stall_timeout), wait: None },
+                        _ => Failure::Passing { cause: no_answer(silence_max), wait: None },
                     };
                     return Err(self.located(failure, &url));
                 }
@@ -394,13 +425,14 @@ impl Remote {
                     }
                 }
                 Ok(Some(Err(TransportError::Passing(cause)))) => {
-                    return Err(broken(format!("the body broke off {left} bytes early: {cause}")));
+                    let left = counted(left, "byte");
+                    return Err(broken(format!("the body broke off {left} early: {cause}")));
                 }
                 Ok(Some(Err(error))) => return Err(error.into()),
-                Ok(None) => return Err(broken(format!("the body ended {left} bytes early"))),
+                Ok(None) => return Err(broken(format!("the body ended {} early", counted(left, "byte")))),
                 Err(_) => {
-                    let silent = self.stall_timeout.as_secs_f32();
-                    return Err(broken(format!("no byte for {silent} s, {left} bytes before the end")));
+                    let (silent, left) = (watch.limit().as_secs_f32(), counted(left, "byte"));
+                    return Err(broken(format!("no byte for {silent} s, {left} before the end")));
                 }
             }
         }
@@ -440,12 +472,23 @@ impl Remote {
         }
     }
 
+    /// What a person may have missed where credentials are at hand and none of them was sent.
     fn hint(&self, cause: String, url: &Url) -> String {
         let denied = cause.starts_with("401") || cause.starts_with("403");
-        let sent = !self.credentials.headers_for(url).is_empty();
-        match denied && !sent && !self.credentials.is_empty() {
-            true => format!("{cause}; the credentials that were given are for another host"),
-            false => cause,
+        if !denied || !self.credentials.headers_for(url).is_empty() {
+            return cause;
+        }
+        let here = authority(url);
+        let bound = self.credentials.places();
+        if let Some(variable) = self.credentials.bound_to_no_host() {
+            format!(
+                "{cause}; {variable} is set, but not for which host: it is sent with {HOST_VARIABLE}={here}"
+            )
+        } else if bound.is_empty() {
+            cause
+        } else {
+            let bound = brief(&bound.join(", "));
+            format!("{cause}; the credentials that were given are for {bound}, not for {here}")
         }
     }
 }

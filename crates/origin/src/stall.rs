@@ -27,6 +27,11 @@ impl<'a> StallWatch<'a> {
         Self { rt, limit, moved: rt.now(), timer: rt.sleep(limit) }
     }
 
+    /// How long it may be silent.
+    pub fn limit(&self) -> Duration {
+        self.limit
+    }
+
     /// Waits for `future`, whose end counts as a sign of life, unless the limit passes since the last one.
     ///
     /// # Errors

@@ -111,12 +111,18 @@ struct Outcome {
 }
 
 /// Fetches everything from a server that does `acts`, with the default patience: 10 minutes, stalls of 30 seconds.
-#[allow(clippy::disallowed_methods, reason = "tokio's clock is the invented one here")]
 async fn run(acts: Vec<Act>) -> Outcome {
+    run_for(OriginOptions::default().retry_for, acts).await
+}
+
+/// The same with another patience.
+#[allow(clippy::disallowed_methods, reason = "tokio's clock is the invented one here")]
+async fn run_for(retry_for: Duration, acts: Vec<Act>) -> Outcome {
     let start = tokio::time::Instant::now();
     let script = Arc::new(Script { acts: Mutex::new(acts.into()), log: Mutex::default(), start });
     let expect = Version { validator: Validator::StrongETag("\"v1\"".into()), len: LEN };
-    let options = OriginOptions { expect: Some(expect), reach: Reach::Later, ..OriginOptions::default() };
+    let options =
+        OriginOptions { expect: Some(expect), reach: Reach::Later, retry_for, ..OriginOptions::default() };
     let url = url::Url::parse("http://h/x").expect("a URL");
     let rt = TokioRuntime::current();
     let origin = HttpOrigin::open_with(script.clone(), &url, &options, &rt);
@@ -153,6 +159,74 @@ async fn silence_is_a_failure_after_half_a_minute() {
     assert!(outcome.took >= MINUTE && outcome.took < MINUTE + Duration::from_secs(1), "{:?}", outcome.took);
 }
 
+/// `--retry-for 5s` waited for half a minute: a guest's own timeout came before ours.
+#[tokio::test(start_paused = true)]
+async fn silence_is_waited_out_no_longer_than_patience_lasts() {
+    let five = Duration::from_secs(5);
+    let outcome = run_for(five, vec![Act::Silent]).await;
+    let error = outcome.result.expect_err("never an answer");
+    let words = "http://h/x: given up after 5 s, 1 attempt; last: no answer within 5 s";
+    assert_eq!((error.to_string().as_str(), outcome.took), (words, five));
+
+    // Bytes that arrive end the silence, and the rest is asked for.
+    let outcome = run_for(five, vec![Act::Break { bytes: 99 }, Act::Silent]).await;
+    assert!(outcome.result.is_err());
+    assert_eq!(outcome.log.iter().map(|(_, range)| range.start).collect::<Vec<_>>(), [0, 99]);
+    // Never again is one attempt, with all of its time.
+    let slow = Act::Send { piece: LEN as usize, every: Duration::from_secs(20) };
+    assert_whole(&run_for(Duration::ZERO, vec![slow]).await);
+}
+
+/// Each open of an image whose origin was away looked hung for ten seconds.
+#[tokio::test(start_paused = true)]
+#[allow(clippy::disallowed_methods, reason = "tokio's clock is the invented one here")]
+async fn a_wait_at_open_is_told_once() {
+    let told = |acts: Vec<Act>| async move {
+        let start = tokio::time::Instant::now();
+        let script = Arc::new(Script { acts: Mutex::new(acts.into()), log: Mutex::default(), start });
+        let options = OriginOptions { probe_for: Duration::from_secs(10), ..OriginOptions::default() };
+        let url = url::Url::parse("http://me:pass@h/x?sig=secret").expect("a URL");
+        let lines = Lines::default();
+        let _here = tracing::subscriber::set_default(lines.clone());
+        let opened = HttpOrigin::open_with(script, &url, &options, &TokioRuntime::current()).await;
+        let lines = lines.0.lock().expect("no panic").clone();
+        (opened.is_ok(), start.elapsed().as_secs(), lines)
+    };
+    let line = vec!["waiting for http://h/x".to_owned()];
+    assert_eq!(told(vec![Act::Silent]).await, (false, 10, line.clone()));
+    assert_eq!(told(vec![Act::Away]).await, (false, 10, line));
+    assert_eq!(told(vec![Act::Away, AT_ONCE]).await, (true, 0, vec![]));
+    assert_eq!(told(vec![Act::Status(404, None)]).await, (false, 0, vec![]));
+}
+
+/// Keeps the sentences that a person would see: warnings.
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<String>>>);
+
+impl tracing::Subscriber for Lines {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() <= tracing::Level::WARN
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        event.record(&mut |_: &tracing::field::Field, value: &dyn std::fmt::Debug| {
+            self.0.lock().expect("no panic").push(format!("{value:?}"));
+        });
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
 #[tokio::test(start_paused = true)]
 async fn patience_counts_from_the_last_byte() {
     let outcome = run(vec![Act::Break { bytes: 1 }, Act::Away]).await;
@@ -161,7 +235,7 @@ async fn patience_counts_from_the_last_byte() {
     assert!(*waited >= 10 * MINUTE && *waited < 10 * MINUTE + Duration::from_secs(1), "{waited:?}");
     // Pauses that double up to half a minute: some two dozen in ten minutes, and not hundreds.
     assert!((20..60).contains(attempts), "{attempts}");
-    assert!(error.to_string().starts_with("http://h/x: no answer for 600 s, "), "{error}");
+    assert!(error.to_string().starts_with("http://h/x: given up after 600 s, "), "{error}");
     assert!(error.to_string().ends_with("attempts; last: cannot connect: refused"), "{error}");
 }
 

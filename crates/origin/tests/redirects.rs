@@ -115,8 +115,17 @@ async fn a_token_stays_with_its_host() {
     // Given for another place, it is not sent, and the error says so.
     server.heal();
     let error = open(&url, &with_token(&other.url())).await.map(|_| ()).expect_err("no token, no file");
-    let words = "401 Unauthorized; the credentials that were given are for another host";
-    assert_eq!(error.to_string(), format!("{url}: {words}"));
+    let [there, here] = [&other, &server].map(|server| server.url().replace("/image", ""));
+    let words = format!("the credentials that were given are for {there}, not for {here}");
+    assert_eq!(error.to_string(), format!("{url}: 401 Unauthorized; {words}"));
+
+    // A token alone does not say where it may go: people looked for what was wrong with the token.
+    let token = |name: &str| (name == "READONCE_HTTP_TOKEN").then(|| "s3cret".to_owned());
+    let credentials = Arc::new(Credentials::from_variables(&token, None).expect("valid"));
+    let error = open(&url, &OriginOptions { credentials, ..options() }).await.map(|_| ());
+    let words = "READONCE_HTTP_TOKEN is set, but not for which host: it is sent with READONCE_HTTP_HOST=";
+    let error = error.expect_err("not sent").to_string();
+    assert_eq!(error, format!("{url}: 401 Unauthorized; {words}{here}"));
 }
 
 #[tokio::test]

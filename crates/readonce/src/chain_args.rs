@@ -17,7 +17,7 @@ pub struct OriginArgs {
     /// A freshly signed URL, taken instead of the stored name of the same place
     #[arg(long, env = "READONCE_URL", hide_env_values = true, value_name = "URL")]
     pub url: Vec<String>,
-    /// How long a passing failure of an origin is tried again before a read fails (500ms, 30s, 10m, 1h)
+    /// How long a passing failure of an origin is tried again before a read fails; at open, 10 s at most (500ms, 30s, 10m, 1h)
     #[arg(long, value_name = "TIME", default_value = "10m", value_parser = options::time)]
     pub retry_for: Duration,
 }

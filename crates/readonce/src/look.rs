@@ -190,6 +190,9 @@ pub async fn readable(
             let origin = readonce_origin::open(&locator, &options, &TokioRuntime::current())
                 .await
                 .map_err(|error| cannot_open(image, error))?;
+            for note in origin.notes() {
+                report::warn(format!("{}: {note}", locator.printable()));
+            }
             Ok((origin, None))
         }
     }

@@ -6,7 +6,7 @@ use readonce_format::{
     Driver,
     driver::{BackingRef, Description, HeaderChange, Pin},
 };
-use readonce_origin::{Locator, Origin, OriginOptions, Pinned, open::Reach};
+use readonce_origin::{Locator, Origin, OriginNote, OriginOptions, Pinned, open::Reach};
 use readonce_storage::{BoxFuture, ImageLock, LocalFile, ReadAt, Storage, local::OpenMode, lock::Access};
 
 use super::{
@@ -122,7 +122,10 @@ impl Step {
             let backing = self.next(shared, &description, None).await?;
             let (files, data_lock) =
                 files::for_reading(shared, &self.locator, origin, &description, self.expect.as_ref()).await?;
-            shared.opened(name.clone(), driver.name(), false);
+            // The note said already that it could not be.
+            if !asked.notes().iter().any(|note| matches!(note, OriginNote::NotReached { .. })) {
+                shared.opened(name.clone(), driver.name(), false);
+            }
             shared.locks.lock().extend(lock.into_iter().chain(data_lock));
             shared.origins.lock().push(asked);
             Ok(Arc::new(Base::new(mapper, files, backing, &shared.rt)) as Arc<dyn Source>)

@@ -123,6 +123,9 @@ impl Opening {
         let origin = readonce_origin::open(&self.locator, &self.options().origin, &self.shared.rt)
             .await
             .map_err(|error| self.failed(error))?;
+        for note in origin.notes() {
+            self.shared.warn(format!("{name}: {note}"));
+        }
         self.shared.origins.lock().push(Arc::clone(&origin));
         let origin = files::read_through(&self.locator, origin, &self.shared);
         let file: Arc<dyn ReadAt> = origin.clone();
