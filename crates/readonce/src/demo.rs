@@ -37,6 +37,8 @@ use crate::{
 
 /// Bytes of the disk.
 const DISK_BYTES: u64 = 256 << 20;
+/// Room for the image: the disk, and what its tables and the guest's own writes take at most.
+const ROOM_BYTES: u64 = DISK_BYTES + (16 << 20);
 /// One in so many blocks of 64 KiB is all zeros.
 const ZERO_EVERY: u64 = 6;
 /// The link: Mbit/s, and milliseconds from a request to its answer.
@@ -67,6 +69,7 @@ pub async fn run(args: Args) -> Outcome {
 async fn show(args: Args) -> Outcome {
     let keeper = Keeper::named(Some(&args.format))?;
     let folder = folders::roomy()?;
+    folders::check_room(folder.path(), ROOM_BYTES)?;
     let image = folder.path().join("cached.img");
     let content = Content::seeded_with_zeros(args.seed, DISK_BYTES, ZERO_EVERY);
     let origin = FaultyOrigin::start(OriginSpec {

@@ -50,6 +50,12 @@ pub fn scaled(value: f64) -> String {
     format!("{} bytes", text.strip_suffix(".000000").unwrap_or(&text))
 }
 
+/// `1 request`, `2 requests`.
+pub fn counted(count: u64, of: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {of}{plural}")
+}
+
 /// A time in seconds with one decimal.
 pub fn seconds(time: Duration) -> String {
     format!("{:.1} s", time.as_secs_f64())

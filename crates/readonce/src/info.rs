@@ -3,8 +3,8 @@
 use std::{fmt::Write as _, os::unix::fs::MetadataExt, process::ExitCode};
 
 use readonce_disk::chain::{Layer, TopOnly};
-use readonce_format::driver::{Description, Detail, Snapshot};
-use readonce_origin::{Locator, Pinned};
+use readonce_format::driver::{Description, Detail, Pin, Snapshot};
+use readonce_origin::{Locator, Pinned, Validator};
 use readonce_storage::runtime::TokioRuntime;
 use serde_json::{Map, Value, json};
 
@@ -191,7 +191,7 @@ impl<'a> Facts<'a> {
         if description.backing.is_some() {
             let _ = writeln!(out, "copy on read: {}", if description.copy_on_read { "on" } else { "off" });
             if let Some(pin) = &description.pin {
-                let _ = writeln!(out, "backing file version: {} ({} bytes)", validator(pin), pin.len);
+                let _ = writeln!(out, "backing file version: {}", version(pin));
                 let wrote = match description.only_readonce_wrote {
                     Some(true) => "yes",
                     Some(false) => "no, another program wrote too",
@@ -280,8 +280,30 @@ fn detail_human(out: &mut String, depth: usize, name: &str, detail: &Detail) {
     }
 }
 
+/// A pin in words for a person: each fact once, and times as a clock shows them.
+fn version(pin: &Pin) -> String {
+    let Ok(pinned) = Pinned::decode(&pin.validator, pin.len) else { return validator(pin) };
+    let own = match &pinned.own.validator {
+        tag @ Validator::StrongETag(_) => format!("{tag} ({} bytes)", pin.len),
+        Validator::LengthOnly { len } => format!("length alone, {len} bytes"),
+        Validator::File { device, inode, size, mtime_ns } => {
+            let seconds = i64::try_from(*mtime_ns).ok().map(|time| time.div_euclid(1_000_000_000));
+            let changed = match seconds.and_then(|seconds| u32::try_from(seconds).ok()) {
+                Some(seconds) => human::local_time(seconds),
+                None => format!("{mtime_ns} ns"),
+            };
+            format!("file of {size} bytes, changed {changed}, inode {inode} on device {device}")
+        }
+        other => other.to_string(),
+    };
+    match &pinned.data {
+        Some(data) => format!("{own}; its data file: {}", data.validator),
+        None => own,
+    }
+}
+
 /// A pin's validator in words.
-pub fn validator(pin: &readonce_format::driver::Pin) -> String {
+pub fn validator(pin: &Pin) -> String {
     match Pinned::decode(&pin.validator, pin.len) {
         Ok(pinned) => pinned.to_string(),
         Err(error) => error.to_string(),

@@ -6,7 +6,7 @@ use readonce_disk::chain::{
     CHAIN_DEPTH_MAX, ChainOptions, Layer, Locks, OpenError, TopOnly, driver_of, open_layers,
 };
 use readonce_format::{Driver, driver::Description};
-use readonce_origin::Locator;
+use readonce_origin::{Locator, OriginOptions, Reach};
 use readonce_storage::{
     ImageLock, LocalFile, ReadAt, Rt, Storage,
     local::OpenMode,
@@ -77,7 +77,8 @@ pub async fn layers(image: &str, args: &LookArgs, top_only: TopOnly, rt: &Rt) ->
         read_only: true,
         allow_backing: args.policy.allow(),
         no_backing_files: args.policy.no_backing_files,
-        origin: args.origin.options(&[&top])?,
+        // The map of what is local needs no more of a raw backing that is pinned than its length.
+        origin: OriginOptions { reach: Reach::Preferred, ..args.origin.options(&[&top])? },
         locks: if args.force_share { Locks::Share } else { Locks::Take },
         ..ChainOptions::default()
     };

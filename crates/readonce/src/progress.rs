@@ -69,9 +69,9 @@ impl Progress {
                 let rate = (now.bytes - last.bytes) * 1000 / TICK.as_millis() as u64;
                 last = now;
                 drawn.set_message(format!(
-                    "{} fetched in {} requests, {}/s, {}",
+                    "{} fetched in {}, {}/s, {}",
                     human::size(now.bytes),
-                    now.requests,
+                    human::counted(now.requests, "request"),
                     human::size(rate),
                     human::seconds(started.elapsed()),
                 ));
@@ -98,9 +98,9 @@ pub async fn summary(image: Option<&Path>, fetched: Fetched, time: Duration) -> 
     let clusters =
         clusters.map_or(String::new(), |(local, total)| format!("{local} of {total} clusters local, "));
     format!(
-        "{clusters}{} fetched in {} requests, {}",
+        "{clusters}{} fetched in {}, {}",
         human::size(fetched.bytes),
-        fetched.requests,
+        human::counted(fetched.requests, "request"),
         human::seconds(time)
     )
 }

@@ -11,6 +11,32 @@ use crate::{
 
 const BYTES: u64 = 1 << 20;
 
+/// `map` of an image that holds everything failed while its origin was away, and all was told twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_origin_that_is_away_is_told_once() {
+    let folder = folder();
+    let at = folder.path();
+    let spec = OriginSpec { etag: None, last_modified: None, ..OriginSpec::new(Content::seeded(5, BYTES)) };
+    let origin = FaultyOrigin::start(spec).await.expect("a port");
+    let url = origin.url();
+    let create = ["create", "-q", "-f", "qed", "-o", "copy_on_read", "-b", &url, "-F", "raw", "c.qed"];
+    let told = readonce(at, &create).ok();
+    assert_eq!(told.err.matches("neither ETag nor Last-Modified").count(), 1, "{told:?}");
+    readonce(at, &["io", "-c", "read 0 1M", "c.qed"]).ok();
+    let told = readonce(at, &["info", "c.qed"]).ok();
+    assert!(told.out.contains("backing file version: length alone, 1048576 bytes\n"), "{told:?}");
+
+    origin.vanish().await;
+    for arguments in [
+        &["map", "--retry-for", "100ms", "c.qed"][..],
+        &["io", "--retry-for", "100ms", "-c", "read 0 1M", "c.qed"],
+    ] {
+        let told = readonce(at, arguments).ok();
+        assert_eq!(told.err.matches("cannot be reached now").count(), 1, "{told:?}");
+        assert!(!told.err.contains("opened http"), "{told:?}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_data_file_is_used_pinned_and_told() {
     let folder = folder();
