@@ -375,16 +375,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
         let total = header_len + usize::try_from(payload_len).expect("bounded above");
         let Some(payload) = self.inbox.filled().get(header_len..total) else { return Step::Need(total) };
-        if payload_len > 0 {
-            let parsed = status_payload(payload, contexts).and_then(|(len, limited)| {
+        // A request may announce a payload and have none: its length is then no range.
+        let parsed = if payload_len > 0 {
+            status_payload(payload, contexts).and_then(|(len, limited)| {
                 request.len = len;
                 contexts = limited;
                 status_range(&request, terms)
-            });
-            if let Err(Refusal { errno, text }) = parsed {
-                self.inbox.consume(total);
-                return self.answer(&request, Outcome::Failed { errno, text });
-            }
+            })
+        } else {
+            status_range(&request, terms)
+        };
+        if let Err(Refusal { errno, text }) = parsed {
+            self.inbox.consume(total);
+            return self.answer(&request, Outcome::Failed { errno, text });
         }
         let Request { cookie, offset, len, .. } = request;
         let query = Query { headers: terms.headers, cookie, offset, len, one, contexts };

@@ -221,6 +221,10 @@ async fn block_status_can_be_limited_to_a_context_by_a_payload() {
         let error = ask(len, &ids).await.unwrap_err();
         assert_eq!(error.errno(), Some(22), "EINVAL for {len} {ids:?}: {error}");
     }
+    // A payload that is announced and empty names no range either.
+    let (flags, command) = (flag::PAYLOAD_LEN, command::BLOCK_STATUS);
+    let empty = RawRequest { flags, command, offset: 0, len: 0, payload: Vec::new() };
+    assert_eq!(client.request(empty).await.unwrap_err().errno(), Some(22));
     client.read(0, 1).await.expect("the connection goes on");
 }
 

@@ -66,6 +66,16 @@ impl Known {
         }
     }
 
+    /// Where the file's clusters ended when it was opened, bytes.
+    pub(super) fn end(&self) -> u64 {
+        self.state.read().end
+    }
+
+    /// Whether metadata lies in the cluster at `offset`.
+    pub(super) fn is_metadata(&self, offset: u64) -> bool {
+        self.state.read().clear_around(offset, 1).is_none()
+    }
+
     /// A slice is about to be changed; these are its bad entries.
     pub(super) fn touch(&self, slice_index: u64, bad: impl FnOnce() -> Box<[u64]>) {
         let touched = || Touched { bad: bad(), has_room: false };

@@ -20,7 +20,7 @@ use std::{
 use parking_lot::Mutex;
 use readonce_storage::Rt;
 
-use super::{links::Released, refs::Refs, tables::Tables};
+use super::{links::Released, mark::Mark, refs::Refs, tables::Tables};
 use crate::{
     FormatError, Unlinked,
     clusters::{Clusters, Fit},
@@ -36,6 +36,7 @@ pub(super) struct Space {
     pub(super) clusters: Arc<Clusters>,
     pub(super) refs: Arc<Refs>,
     tables: Arc<Tables>,
+    mark: Arc<Mark>,
     rt: Rt,
     cluster_size: u64,
     /// Where appending began, bytes: below, the scan looks for holes.
@@ -63,6 +64,7 @@ impl Space {
         clusters: Arc<Clusters>,
         refs: Arc<Refs>,
         tables: Arc<Tables>,
+        mark: Arc<Mark>,
         rt: Rt,
         open_end: u64,
     ) -> Self {
@@ -71,6 +73,7 @@ impl Space {
             clusters,
             refs,
             tables,
+            mark,
             rt,
             open_end,
             state: Mutex::default(),
@@ -241,9 +244,20 @@ impl Space {
         Ok(())
     }
 
-    /// Looks at the next refcounts for free clusters.
+    /// Looks at the next refcounts for free clusters. Where they are wrong the image is marked corrupt: nothing that they call free
+    /// is handed out.
     async fn scan_step(&self) -> Result<(), FormatError> {
         let _one_at_a_time = self.scanning.lock().await;
+        let looked = self.scan_pieces().await;
+        if let Err(error @ FormatError::Corrupt { .. }) = &looked {
+            tracing::error!("the image is marked corrupt: {error}");
+            self.mark.set_corrupt().await;
+        }
+        looked
+    }
+
+    /// The step. `scanning` is held.
+    async fn scan_pieces(&self) -> Result<(), FormatError> {
         for _ in 0..SCAN_PIECES {
             let cursor = self.state.lock().cursor;
             if cursor >= self.open_end {
@@ -257,8 +271,9 @@ impl Space {
                 // Under this lock no cluster goes from unlinked to free.
                 let mut state = self.state.lock();
                 let Some(found) = self.refs.unused(first..end) else { continue };
+                let holes = self.holes(&state, found)?;
                 state.cursor = end * self.cluster_size;
-                self.holes(&state, found)
+                holes
             };
             found.into_iter().for_each(|hole| self.clusters.free(hole.start, hole.end - hole.start));
         }
@@ -266,22 +281,31 @@ impl Space {
     }
 
     /// Of unused clusters, those that may be handed out; as byte ranges.
-    fn holes(&self, state: &State, found: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ///
+    /// # Errors
+    /// `Corrupt` where metadata lies in one: what else has no refcount may be in use as well.
+    fn holes(&self, state: &State, found: Vec<Range<u64>>) -> Result<Vec<Range<u64>>, FormatError> {
         let cluster_size = self.cluster_size;
+        let known = self.tables.known();
+        let end = known.end();
         let mut holes: Vec<Range<u64>> = Vec::new();
-        self.tables.known().judge(u64::MAX, cluster_size, |valid| {
-            for cluster in found.into_iter().flatten() {
-                let at = cluster * cluster_size;
-                if at == 0 || state.unlinked.contains(&at) || !valid(0, at) {
-                    continue;
-                }
-                match holes.last_mut() {
-                    Some(hole) if hole.end == at => hole.end += cluster_size,
-                    _ => holes.push(at..at + cluster_size),
-                }
+        for at in found.into_iter().flatten().map(|cluster| cluster * cluster_size) {
+            if at + cluster_size > end || state.unlinked.contains(&at) {
+                continue;
             }
-        });
-        holes
+            if known.is_metadata(at) {
+                return Err(FormatError::corrupt(
+                    format!("refcount of cluster {}", at / cluster_size),
+                    0,
+                    "must not be 0 where metadata lies: check and repair the image",
+                ));
+            }
+            match holes.last_mut() {
+                Some(hole) if hole.end == at => hole.end += cluster_size,
+                _ => holes.push(at..at + cluster_size),
+            }
+        }
+        Ok(holes)
     }
 
     /// Waits until no scan runs.

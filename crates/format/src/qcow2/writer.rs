@@ -110,12 +110,12 @@ impl Writer {
         let can_zero = (layout.version >= 3 || header.backing.is_none()) && !raw_data;
         let clusters = Arc::new(Clusters::new(file.clone(), cluster_size, open_end));
         let refs = Arc::new(Refs::new(file.clone(), found, clusters.clone()));
-        let space = Arc::new(Space::new(clusters, refs, tables.clone(), rt.clone(), open_end));
         let reclaim = Reclaim::new(header.record.in_use, open_end);
+        let mark = Arc::new(Mark::new(file.clone(), header));
+        let space = Arc::new(Space::new(clusters, refs, tables.clone(), mark.clone(), rt.clone(), open_end));
         if reclaim.is_due() {
             space.refs.track(open_end);
         }
-        let mark = Arc::new(Mark::new(file.clone(), header));
         // Now and durably: of what a guest writes in place nobody here is told, and any of it may reach the disk.
         if mark.clear_autoclear().await? {
             file.sync().await?;

@@ -505,6 +505,38 @@ fn a_refcount_block_that_counts_nothing_does_not_move_the_end() {
     });
 }
 
+/// Refcounts that say of everything, tables too, that it is free: guest data would be written over.
+#[test]
+fn what_refcounts_wrongly_call_free_is_not_handed_out() {
+    for table in [false, true] {
+        block_on(async {
+            let mut guest = Guest::new(&SMALL).await;
+            guest.fill(0, 8).await.unwrap();
+            guest.mapper.close().await.unwrap();
+            let file = guest.files.image.clone();
+            let refcounts = word(&file, 48, 0);
+            let (at, len) = if table { (refcounts, 8) } else { (word(&file, refcounts, 0), 4096) };
+            file.write(at, vec![0; len].into()).await.unwrap();
+            let before = file.contents();
+            let mut guest = Guest::open(guest.files, guest.model).await.unwrap();
+            let mut refused = false;
+            for unit in 8..200 {
+                refused |= guest.fill(unit, 1).await.is_err();
+                tokio::task::yield_now().await;
+            }
+            assert!(refused, "table {table}");
+            assert_eq!(file.contents()[79] & 2, 2, "table {table}: it is marked");
+            let l1 = word(&file, 40, 0);
+            let l2 = word(&file, l1, 0) & 0x00ff_ffff_ffff_fe00;
+            for unit in 0..8 {
+                let data = (word(&file, l2 + unit * 8, 0) & 0x00ff_ffff_ffff_fe00) as usize;
+                let (now, then) = (&file.contents()[data..data + 4096], &before[data..data + 4096]);
+                assert!(now == then, "table {table}: unit {unit} is what it was");
+            }
+        });
+    }
+}
+
 #[test]
 fn corruption_met_by_an_image_open_for_writing_is_marked() {
     /// What an entry is made to be, from the offsets of L1 table, refcount table and its own table.
