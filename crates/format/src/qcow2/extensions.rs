@@ -82,9 +82,6 @@ pub(super) fn walk(head: &[u8], start: u64, end_max: u64, complete: bool) -> Res
         };
         let (kind, len) = prefix.split_at(4);
         let (kind, len) = (be_u32(kind), u64::from(be_u32(len)));
-        if kind == KIND_END {
-            return Ok(Chain::Whole(found, data_at));
-        }
         let end = data_at + len;
         if end > end_max {
             return Err(FormatError::corrupt(
@@ -92,6 +89,10 @@ pub(super) fn walk(head: &[u8], start: u64, end_max: u64, complete: bool) -> Res
                 len,
                 format!("must be at most {}", end_max - data_at),
             ));
+        }
+        // Its length means nothing, but QEMU opens no image where it is too long for an extension.
+        if kind == KIND_END {
+            return Ok(Chain::Whole(found, data_at));
         }
         let Some(data) = head.get(index(data_at)..index(end)) else {
             if complete {

@@ -232,6 +232,9 @@ fn every_field_is_checked() {
             u32(u32::MAX),
             "length of the header extension 0xe2792aca at 112 is 4294967295, must be at most 48",
         ),
+        // The end of the chain is held to what an extension is: QEMU opens no such image. Without it, an image that nobody else can
+        // open was filled for hours.
+        (164, u32(1), "length of the header extension 0x00000000 at 160 is 1, must be at most 0"),
     ] {
         let expect = expect.replace("LEN", &healthy()[0].len().to_string());
         match with(at, &value) {
