@@ -115,10 +115,10 @@ impl L1 {
         Piece { words: words.collect(), bad }
     }
 
-    /// Whether a table may lie there, in a file of `file_len` bytes.
+    /// Whether a table may lie there, in a file of `file_len` bytes: what the end of the file cuts off of its last cluster is zeros.
     fn inside(&self, word: u64, file_len: u64) -> bool {
         let table = word & OFFSET_MASK;
-        self.layout.valid_cluster(table) && table + self.layout.cluster_size() <= file_len
+        self.layout.valid_cluster(table) && table < file_len
     }
 
     async fn read(&self, first: u64, count: u64) -> Result<Bytes, FormatError> {

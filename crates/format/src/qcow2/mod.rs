@@ -3,7 +3,7 @@
 //! - `header`, `extensions`, `record`, `layout`: what lies where in the file, and which values are valid.
 //! - `entry`, `slice`, `l1`, `tables`: the tables in memory; `reader`: an image open for reading.
 //! - `writer`: an image open for writing; `commit`: how an entry changes, `links`: what is linked in memory and not yet on disk,
-//!   `space` and `refs`: clusters and their refcounts, `flush`: how it all gets to the disk, `mark`: the header meanwhile,
+//!   `space`, `refs` and `refcount_table`: clusters and their refcounts, `flush`: how it all gets to the disk, `mark`: the header meanwhile,
 //!   `known`: what is no place for data, `reclaim`: what a crash left.
 //! - `refcount`, `snapshots`: refcounts and snapshots as the file stores them; `scan` with `counts`, `chunks` and `bitmaps`, `check`: what refers to clusters, and
 //!   whether the refcounts say the same; `repair` with `mend`, `overlaps`, `recount` and `flags`: making it right; `snapshot`:
@@ -38,6 +38,7 @@ mod reclaim;
 mod record;
 mod recount;
 mod refcount;
+mod refcount_table;
 mod refs;
 mod repair;
 mod scan;

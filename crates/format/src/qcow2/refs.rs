@@ -7,7 +7,7 @@
 //! - A new block or a longer table gets its room, and its own refcount, when it is found to be needed (`prepare`), so that no
 //!   flush meets "no space". [`Refs::write`] says in which order they reach the file.
 //!
-//! Not here: which clusters are free (`space`), and which reference what.
+//! Not here: which clusters are free (`space`), the table as an image had it that is opened (`refcount_table`), and which reference what.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,14 +18,14 @@ use std::{
 
 use bytes::{BufMut, Bytes, BytesMut};
 use parking_lot::Mutex;
-use readonce_storage::{BoxFuture, ReadAt, Storage};
+use readonce_storage::{BoxFuture, Storage};
 
 use super::{
-    header::Header,
-    layout::{L1_ENTRY_BYTES, Layout, SECTOR_BYTES, SLICE_BYTES_MAX},
+    chunks::read_padded,
+    layout::{Layout, SECTOR_BYTES, SLICE_BYTES_MAX},
     mark::Mark,
-    refcount::{Refcounts, TABLE_BYTES_MAX, TABLE_ENTRY_BYTES, TABLE_OFFSET_MASK},
-    slice::raw_entries,
+    refcount::{Refcounts, TABLE_BYTES_MAX, TABLE_ENTRY_BYTES},
+    refcount_table::{BAD, Found, Stored, bad_entry},
     tables::Tables,
 };
 use crate::{
@@ -38,14 +38,8 @@ use crate::{
 const PIECES_MAX: usize = 4096;
 /// Reads of different pieces wait for each other only by chance.
 const LOAD_LOCKS: usize = 16;
-/// Bytes of the table that are read at once.
-const TABLE_READ_BYTES: u64 = 1 << 20;
-/// Blocks past the end of the file that are read to see whether they count anything.
-const FAR_BLOCKS_MAX: usize = 64;
 /// Sectors' worth of table entries.
 const SECTOR_ENTRIES: u64 = SECTOR_BYTES / TABLE_ENTRY_BYTES;
-/// In memory only: the table holds something that may not be there.
-const BAD: u64 = 1;
 
 /// The refcounts.
 pub(super) struct Refs {
@@ -75,13 +69,6 @@ struct State {
     tracked: Option<(u64, BTreeSet<u64>)>,
 }
 
-#[derive(Clone, Copy)]
-struct Stored {
-    /// Byte offset.
-    at: u64,
-    clusters: u64,
-}
-
 struct Piece {
     bytes: Box<[u8]>,
     /// Counts changes.
@@ -99,120 +86,6 @@ enum Step {
     Make(u64),
     /// The cluster is in use.
     Busy(u64),
-}
-
-/// Reads the refcount table: the offsets of blocks, [`BAD`] where one may not be there, and what the file holds in those places.
-async fn read_table(
-    file: &dyn ReadAt,
-    header: &Header,
-) -> Result<(Vec<u64>, BTreeMap<u64, u64>), FormatError> {
-    let layout = &header.layout;
-    let l1 = header.fields.l1_table_offset;
-    let l1 = l1..l1 + u64::from(header.fields.l1_size) * L1_ENTRY_BYTES;
-    let len = u64::from(header.fields.refcount_table_clusters) * layout.cluster_size();
-    let start = header.fields.refcount_table_offset;
-    // What lies past the end of the file is zeros.
-    let there = file.len().saturating_sub(start).min(len);
-    let mut table = Vec::new();
-    let mut bad = BTreeMap::new();
-    let mut seen = BTreeSet::new();
-    let mut at = 0;
-    while at < there {
-        let part = (there - at).min(TABLE_READ_BYTES);
-        let read = file.read(start + at, index(part)).await?;
-        for raw in raw_entries(&read, false) {
-            let block = raw.word & TABLE_OFFSET_MASK;
-            let inside = block.checked_add(layout.cluster_size()).is_some_and(|end| end <= file.len());
-            // Writing a block there would destroy the other table.
-            let meets = |table: &Range<u64>| {
-                block < table.end && table.start < block.saturating_add(layout.cluster_size())
-            };
-            let alone = !meets(&l1) && !meets(&(start..start + len));
-            let valid = raw.word == block && layout.valid_cluster(block) && inside && alone;
-            table.push(match block {
-                0 if raw.word == 0 => 0,
-                block if valid && seen.insert(block) => block,
-                _ => {
-                    bad.insert(bytes(table.len()), raw.word);
-                    BAD
-                }
-            });
-        }
-        at += part;
-    }
-    while table.last() == Some(&0) {
-        table.pop();
-    }
-    Ok((table, bad))
-}
-
-/// The refcounts of an image before it is known where its space ends.
-pub(super) struct Found {
-    table: Vec<u64>,
-    bad: BTreeMap<u64, u64>,
-    stored: Stored,
-    layout: Layout,
-}
-
-impl Found {
-    /// Reads the refcount table.
-    pub(super) async fn read(file: &dyn ReadAt, header: &Header) -> Result<Self, FormatError> {
-        let stored = Stored {
-            at: header.fields.refcount_table_offset,
-            clusters: header.fields.refcount_table_clusters.into(),
-        };
-        if stored.at == 0 || stored.clusters == 0 {
-            return Err(FormatError::corrupt(
-                "refcount_table_offset",
-                stored.at,
-                "must name a refcount table, of at least one cluster",
-            ));
-        }
-        let (table, bad) = read_table(file, header).await?;
-        Ok(Self { table, bad, stored, layout: header.layout })
-    }
-
-    /// Where table and blocks lie.
-    pub(super) fn regions(&self) -> impl Iterator<Item = Range<u64>> {
-        let cluster_size = self.layout.cluster_size();
-        let table = self.stored.at..self.stored.at + self.stored.clusters * cluster_size;
-        let blocks = self.table.iter().filter(|&&block| block > BAD);
-        std::iter::once(table).chain(blocks.map(move |&block| block..block + cluster_size))
-    }
-
-    fn table_entry(&self, block: u64) -> u64 {
-        self.table.get(index(block)).copied().unwrap_or_default()
-    }
-
-    /// The offset from which on no cluster has a refcount, and nothing lies: at least `end`, where the file's clusters end.
-    pub(super) async fn free_from(&self, file: &dyn ReadAt, end: u64) -> Result<u64, FormatError> {
-        let numbers = Refcounts::new(self.layout.cluster_bits, self.layout.refcount_order);
-        let cluster_size = self.layout.cluster_size();
-        let first = end / cluster_size;
-        let block = numbers.table_index(first);
-        // Blocks past the end: a crash, a repair, or a hostile image. Those that count nothing are no reason to begin far behind it.
-        let far = (block + 1..bytes(self.table.len())).rev().map(|index| (index, self.table_entry(index)));
-        for (looked, (index, at)) in far.filter(|(_, at)| *at != 0).enumerate() {
-            let is_empty = at != BAD
-                && looked < FAR_BLOCKS_MAX
-                && file.read(at, crate::number::index(cluster_size)).await?.iter().all(|&byte| byte == 0);
-            if !is_empty {
-                return Ok((index + 1) * numbers.block_span());
-            }
-        }
-        let Some(&at) = self.table.get(index(block)).filter(|&&at| at != 0) else { return Ok(end) };
-        if at == BAD {
-            return Ok((block + 1) * numbers.block_span());
-        }
-        let from = numbers.byte_in_block(numbers.block_index(first));
-        let skipped = from * 8 / u64::from(numbers.bits());
-        let rest = file.read(at + from, index(cluster_size - from)).await?;
-        let counted = (numbers.block_index(first) - skipped..numbers.per_block() - skipped)
-            .rev()
-            .find(|&at| numbers.refcount(&rest, at) != 0);
-        let counted = counted.map(|at| (block * numbers.per_block() + skipped + at + 1) * cluster_size);
-        Ok(counted.unwrap_or(end).max(end))
-    }
 }
 
 impl Refs {
@@ -368,7 +241,7 @@ impl Refs {
         };
         // Another program may have made the block, with a hole in the file.
         self.file.allocate(at, self.piece_bytes()).await?;
-        let read = self.file.read(at, index(self.piece_bytes())).await?;
+        let read = read_padded(self.file.as_ref(), at, self.piece_bytes()).await?;
         let mut state = self.state.lock();
         if state.pieces.len() >= PIECES_MAX {
             state.pieces.retain(|_, piece| piece.version != piece.written);
@@ -382,11 +255,7 @@ impl Refs {
         let block = piece / self.pieces_per_block();
         match state.table.get(index(block)) {
             Some(&at) if at > BAD => Ok(at + piece % self.pieces_per_block() * self.piece_bytes()),
-            _ => Err(FormatError::corrupt(
-                format!("refcount table entry {block}"),
-                "not valid",
-                "must be the offset of a refcount block inside the file that no other entry names",
-            )),
+            _ => Err(bad_entry(block, state.bad.get(&block).copied())),
         }
     }
 

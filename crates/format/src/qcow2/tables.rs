@@ -23,6 +23,7 @@ use parking_lot::Mutex;
 use readonce_storage::{ReadAt, Storage};
 
 use super::{
+    chunks::read_padded,
     entry::{COPIED, OFFSET_MASK, Place, Rules},
     header::Header,
     known::Known,
@@ -286,6 +287,9 @@ impl Tables {
             Err(error) => return Some(Err(error)),
         };
         let (table, sharing) = self.table_of(entry)?;
+        if table + layout.cluster_size() > self.file.len() {
+            return None;
+        }
         let mut read = [0; SLICE_BYTES];
         let read = read.get_mut(..index(layout.slice_bytes()))?;
         match self.file.read_now(table + layout.slice_in_table(slice_index), read)? {
@@ -326,8 +330,9 @@ impl Tables {
         let group = if self.writing.get().is_some() { 1 } else { GROUP_SLICES };
         let first = round_down(slice_index, group.min(layout.slices_per_table()));
         let count = group.min(layout.slices_per_table());
-        let read_len = index(count * layout.slice_bytes());
-        let read = self.file.read(table + layout.slice_in_table(first), read_len).await?;
+        let read_len = count * layout.slice_bytes();
+        // The end of the file may cut a table.
+        let read = read_padded(self.file.as_ref(), table + layout.slice_in_table(first), read_len).await?;
         let mut wanted = None;
         for (at, piece) in (first..).zip(read.chunks(index(layout.slice_bytes()))) {
             if at == slice_index {

@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use readonce_storage::{BoxFuture, Rt, Storage};
 
 use super::{
+    chunks::read_padded,
     commit::Kind,
     entry::{ALL, COMPRESSED, COPIED, Entry, Place, Units},
     flush::{Flusher, Unlinked as UnlinkedInFile},
@@ -25,7 +26,8 @@ use super::{
     layout::SUBCLUSTERS,
     links::{Joined, Links, Released, Span},
     mark::{Closing, Leaks, Mark, Ticket},
-    refs::{Found, Refs},
+    refcount_table::{Found, bad_entry},
+    refs::Refs,
     repair,
     slice::raw_entries,
     snapshots,
@@ -62,6 +64,8 @@ pub(super) struct Core {
     pub(super) reclaim: Reclaim,
     mark: Arc<Mark>,
     flusher: Flusher,
+    /// A refcount table entry that names no block and counts clusters of the file, and what it holds.
+    bad_refcounts: Option<(u64, Option<u64>)>,
     abilities: Abilities,
     table_locks: [tokio::sync::Mutex<()>; TABLE_LOCKS],
     rt: Rt,
@@ -108,6 +112,7 @@ impl Writer {
         tables.load_l1(file.clone(), metadata).await?;
         let raw_data = header.data_file.as_ref().is_some_and(|data| data.raw);
         let can_zero = (layout.version >= 3 || header.backing.is_none()) && !raw_data;
+        let bad_refcounts = found.bad_before(open_end).map(|entry| (entry, found.bad.get(&entry).copied()));
         let clusters = Arc::new(Clusters::new(file.clone(), cluster_size, open_end));
         let refs = Arc::new(Refs::new(file.clone(), found, clusters.clone()));
         let reclaim = Reclaim::new(header.record.in_use, open_end);
@@ -138,6 +143,7 @@ impl Writer {
             reclaim,
             mark,
             flusher,
+            bad_refcounts,
             abilities: Abilities { zero: can_zero, unlink: can_zero },
             table_locks: [const { tokio::sync::Mutex::const_new(()) }; TABLE_LOCKS],
             rt,
@@ -205,7 +211,7 @@ impl Core {
     /// Copies a table that something else uses too: so all that it names is not the image's own.
     async fn copy_table(&self, from: u64, to: u64) -> Result<(), FormatError> {
         let layout = &self.tables.rules.layout;
-        let read = self.file.read(from, index(layout.cluster_size())).await?;
+        let read = read_padded(self.file.as_ref(), from, layout.cluster_size()).await?;
         let mut copy = Vec::with_capacity(read.len());
         for raw in raw_entries(&read, layout.extended_l2) {
             let shared = raw.word & COMPRESSED == 0 && !layout.external_data;
@@ -286,6 +292,10 @@ impl Core {
 
     /// Everything of `prepare` that can fail.
     async fn set_aside(&self, guest: u64, mut span: Span, room: Room) -> Result<(Plan, Pin), FormatError> {
+        if let Some((entry, raw)) = self.bad_refcounts {
+            // Else it was met by a flush, which would then fail for good, with links that nobody can count.
+            return Err(bad_entry(entry, raw));
+        }
         let layout = &self.tables.rules.layout;
         self.own_table(layout.l1_index(guest)).await?;
         let slice_index = layout.slice_index(guest);

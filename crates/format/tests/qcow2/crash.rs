@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use rand::Rng;
-use readonce_format::{Durability, FormatError, Mapping, Room};
+use readonce_format::{Durability, FormatError, Mapping, Room, driver::Repair};
 use readonce_storage::{
     ReadAt, SimFile, Storage,
     sim::{Fault, Lasts},
@@ -27,12 +27,7 @@ async fn survives(crashed: Files, model: &Model, context: &str) {
     // With lazy refcounts a crash leaves refcounts that are too low, and a bit that says so.
     assert!(lazy || report.corruptions == 0, "{report:?} {context}");
     assert_eq!(report.check_errors, 0, "{context}");
-    let mapper = qcow2().open(crashed.image.clone()).await.unwrap();
-    let found = read_all(mapper.as_ref(), &crashed, &model.shape).await.unwrap();
-    for (sector, (found, allowed)) in found.iter().zip(&model.allowed).enumerate() {
-        assert!(allowed.contains(found), "sector {sector} is {found:#x}, may be {allowed:x?}; {context}");
-    }
-
+    let found = reads_as_it_may(&crashed, model, context).await;
     let mut model = model.clone();
     model.settle(&found);
     let mut guest = Guest::open(crashed.clone(), model).await.unwrap();
@@ -190,6 +185,89 @@ fn power_loss_at_any_io() {
             }
         }
     }
+}
+
+/// A mark that a crash tears, or that is there before what it tells of, would cost the image: it is damaged already.
+#[test]
+fn power_loss_while_an_image_is_marked_corrupt() {
+    for damage in [Damage::Table, Damage::Block, Damage::NoBlock] {
+        for n in 1.. {
+            let more = block_on(async {
+                let mut guest = Guest::new(&SMALL).await;
+                guest.fill(0, 8).await.unwrap();
+                guest.mapper.close().await.unwrap();
+                let file = guest.files.image.clone();
+                damage.make(&file).await;
+                file.sync().await.unwrap();
+                guest.model.flushed();
+                let mut guest = Guest::open(guest.files, guest.model).await.unwrap();
+                file.fail_nth(n, Fault::Eio, Lasts::ForGood);
+                for unit in 8..24 {
+                    let _refused = guest.fill(unit, 1).await;
+                    tokio::task::yield_now().await;
+                }
+                let _failed = guest.flush().await;
+                let _failed = guest.mapper.close().await;
+                for seed in 0..4 {
+                    let context = format!("{damage:?} n {n} seed {seed}");
+                    let crashed = guest.files.crash(seed);
+                    reads_as_it_may(&crashed, &guest.model, &context).await;
+                    let storage: Arc<dyn Storage> = crashed.image.clone();
+                    let report = qcow2().repair(&storage, Repair::All).await.unwrap();
+                    assert_eq!(
+                        (report.corruptions, report.leaks, report.check_errors),
+                        (0, 0, 0),
+                        "{context}"
+                    );
+                    let found = reads_as_it_may(&crashed, &guest.model, &context).await;
+                    let mut model = guest.model.clone();
+                    model.settle(&found);
+                    let mut guest = Guest::open(crashed, model).await.unwrap();
+                    guest.fill(30, 20).await.unwrap();
+                    guest.mapper.close().await.unwrap();
+                    assert_eq!(wrong(&guest.files.image).await, (0, 0), "{context}");
+                }
+                file.fault_hits() > 0
+            });
+            if !more {
+                break;
+            }
+        }
+    }
+}
+
+/// What is broken of the refcounts.
+#[derive(Debug, Clone, Copy)]
+enum Damage {
+    /// The table names no block.
+    Table,
+    /// The block says that everything is free.
+    Block,
+    /// The table names a block that is none.
+    NoBlock,
+}
+
+impl Damage {
+    async fn make(self, file: &Arc<SimFile>) {
+        let word = |at: u64| u64::from_be_bytes(file.contents()[at as usize..][..8].try_into().unwrap());
+        let table = word(48);
+        let (at, bytes) = match self {
+            Self::Table => (table, vec![0; 8]),
+            Self::Block => (word(table), vec![0; 4096]),
+            Self::NoBlock => (table, 0x1_0200_u64.to_be_bytes().to_vec()),
+        };
+        file.write(at, bytes.into()).await.unwrap();
+    }
+}
+
+/// Every sector of the crashed image is as it may be.
+async fn reads_as_it_may(crashed: &Files, model: &Model, context: &str) -> Vec<u32> {
+    let mapper = qcow2().open(crashed.image.clone()).await.unwrap();
+    let found = read_all(mapper.as_ref(), crashed, &model.shape).await.unwrap();
+    for (sector, (found, allowed)) in found.iter().zip(&model.allowed).enumerate() {
+        assert!(allowed.contains(found), "sector {sector} is {found:#x}, may be {allowed:x?}; {context}");
+    }
+    found
 }
 
 #[test]

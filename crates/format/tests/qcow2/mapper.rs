@@ -13,12 +13,13 @@ use readonce_storage::{
 };
 
 use crate::guest::{
-    Files, Guest, Model, SMALL, Shape, UNITS, backing_tag, block_on, check, create, qcow2, random_op, rng,
-    sector_of, wrong,
+    Files, Guest, Model, SMALL, Shape, UNITS, backing_tag, block_on, check, create, qcow2, random_op,
+    read_all, rng, sector_of, wrong,
 };
 
 const CLUSTER: u64 = 4096;
 const UNIT: u64 = 512;
+const COPIED: u64 = 1 << 63;
 
 /// The state of `count` pieces of `size` bytes, one letter each: `.` absent, `D` data, `Z` zero, `S` shared.
 async fn drawn(mapper: &dyn WritableMapper, size: u64, count: u64) -> String {
@@ -226,14 +227,14 @@ fn a_broken_entry_of_the_refcount_table_stays() {
         guest.mapper.close().await.unwrap();
         let file = guest.files.image.clone();
         let table = word(&file, 48, 0);
-        // A block that lies in the L1 table.
+        // A block that lies in the L1 table; it would count what lies behind the end.
         let broken = word(&file, 40, 0);
-        file.write(table + 8, broken.to_be_bytes().to_vec().into()).await.unwrap();
+        file.write(table + 40 * 8, broken.to_be_bytes().to_vec().into()).await.unwrap();
         let mut guest = Guest::open(guest.files, guest.model).await.unwrap();
         guest.fill(300, 300).await.unwrap();
         guest.check_reads().await;
         guest.mapper.close().await.unwrap();
-        assert_eq!(word(&file, table, 1), broken, "for a check to see");
+        assert_eq!(word(&file, table, 40), broken, "for a check to see");
         guest.check_reads().await;
     });
 }
@@ -535,6 +536,125 @@ fn what_refcounts_wrongly_call_free_is_not_handed_out() {
             }
         });
     }
+}
+
+/// QEMU takes what is cut off for zeros, and so does a check: an image that both call clean was an I/O error to read, and was marked corrupt.
+#[test]
+fn a_table_or_a_refcount_block_that_the_end_of_the_file_cuts_goes_on_as_zeros() {
+    for block in [false, true] {
+        block_on(async {
+            let mut guest = Guest::new(&SMALL).await;
+            if block {
+                guest.fill(0, 8).await.unwrap();
+            } else {
+                guest.zero(0, 8).await.unwrap();
+            }
+            guest.mapper.close().await.unwrap();
+            guest.model.flushed();
+            let file = guest.files.image.clone();
+            let end = file.len().next_multiple_of(CLUSTER);
+            if block {
+                // It counts 2048 clusters in its 4096 bytes, of which few are there.
+                let table = word(&file, 48, 0);
+                let old = word(&file, table, 0);
+                let bytes = file.contents()[old as usize..][..4096].to_vec();
+                file.set_len(end).await.unwrap();
+                file.write(end, bytes.into()).await.unwrap();
+                file.write(end + end / CLUSTER * 2, vec![0, 1].into()).await.unwrap();
+                file.write(end + old / CLUSTER * 2, vec![0, 0].into()).await.unwrap();
+                file.write(table, end.to_be_bytes().to_vec().into()).await.unwrap();
+                file.set_len(end + 2048).await.unwrap();
+            } else {
+                assert_eq!(
+                    word(&file, word(&file, 40, 0), 0) & !COPIED,
+                    end - CLUSTER,
+                    "the table comes last"
+                );
+                file.set_len(end - 2048).await.unwrap();
+            }
+            assert_eq!(wrong(&file).await, (0, 0), "block {block}");
+            let reader = qcow2().open(file.clone()).await.unwrap();
+            let found = read_all(reader.as_ref(), &guest.files, &SMALL).await.unwrap();
+            assert!(found.iter().zip(&guest.model.allowed).all(|(tag, allowed)| allowed.contains(tag)));
+            let mut guest = Guest::open(guest.files, guest.model).await.unwrap();
+            guest.check_reads().await;
+            guest.fill(300, 8).await.unwrap();
+            guest.write(0, 64).await.unwrap();
+            guest.flush().await.unwrap();
+            guest.check_reads().await;
+            guest.mapper.close().await.unwrap();
+            assert_eq!(wrong(&file).await, (0, 0), "block {block}");
+            let guest = Guest::open(guest.files, guest.model).await.unwrap();
+            guest.check_reads().await;
+        });
+    }
+}
+
+/// A flush that meets it fails for good; the file grew, with holes of gigabytes, past what the entry counts.
+#[test]
+fn a_refcount_table_entry_that_names_no_block_marks_the_image_corrupt() {
+    for (what, raw) in [("unaligned", 0x1_0200_u64), ("past the end", 0x7000_0000), ("reserved bits", 0x2001)]
+    {
+        block_on(async {
+            let mut guest = Guest::new(&SMALL).await;
+            guest.fill(0, 8).await.unwrap();
+            guest.mapper.close().await.unwrap();
+            guest.model.flushed();
+            let file = guest.files.image.clone();
+            file.write(word(&file, 48, 0), raw.to_be_bytes().to_vec().into()).await.unwrap();
+            let before = file.contents();
+            let mut guest = Guest::open(guest.files, guest.model).await.unwrap();
+            guest.check_reads().await;
+            assert_eq!(file.contents(), before, "{what}: who reads changes nothing");
+            for unit in [20, 21, 200] {
+                let error = guest.fill(unit, 1).await.unwrap_err();
+                assert!(matches!(error, FormatError::Corrupt { .. }), "{what}: {error}");
+            }
+            assert_eq!(file.contents()[79] & 2, 2, "{what}: it is marked");
+            assert_eq!(file.len(), before.len() as u64, "{what}: it did not grow");
+            guest.check_reads().await;
+            guest.mapper.close().await.unwrap();
+            let storage: Arc<dyn Storage> = file.clone();
+            let report = qcow2().repair(&storage, Repair::All).await.unwrap();
+            assert_eq!((report.corruptions, report.leaks), (0, 0), "{what}");
+            let mut guest = Guest::open(guest.files, guest.model).await.unwrap();
+            guest.fill(20, 8).await.unwrap();
+            guest.mapper.close().await.unwrap();
+            assert_eq!(wrong(&file).await, (0, 0), "{what}");
+        });
+    }
+}
+
+#[test]
+fn an_entry_far_past_the_end_that_names_no_block_is_met_when_the_file_grows_to_there() {
+    const TINY: Shape = Shape { cluster_bits: 9, refcount_bits: 64, size: 1 << 20, ..SMALL };
+    // Clusters, and the bytes of the file that a block counts.
+    const SPAN: u64 = 64 * 512;
+    block_on(async {
+        let mut guest = Guest::new(&TINY).await;
+        guest.fill(0, 8).await.unwrap();
+        guest.mapper.close().await.unwrap();
+        let file = guest.files.image.clone();
+        file.write(word(&file, 48, 0) + 8 * 9, 0x7000_0000_u64.to_be_bytes().to_vec().into()).await.unwrap();
+        let mut guest = Guest::open(guest.files, guest.model).await.unwrap();
+        let mut filled = 8;
+        while guest.fill(filled, 1).await.is_ok() {
+            filled += 1;
+        }
+        assert!(filled > 400 && filled < 9 * 64, "{filled}");
+        guest.check_reads().await;
+        assert_eq!(file.contents()[79] & 2, 2);
+        guest.flush().await.unwrap();
+        // What was filled before is whole.
+        let before = check(&file).await;
+        assert_eq!((before.corruptions, before.check_errors), (1, 0), "{before:?}");
+        guest.mapper.close().await.unwrap();
+        assert!(file.len() <= 9 * SPAN, "{}", file.len());
+        let storage: Arc<dyn Storage> = file.clone();
+        let report = qcow2().repair(&storage, Repair::All).await.unwrap();
+        assert_eq!((report.corruptions, report.leaks), (0, 0));
+        Guest::open(guest.files, guest.model).await.unwrap().check_reads().await;
+    });
 }
 
 #[test]
