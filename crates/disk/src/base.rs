@@ -26,6 +26,9 @@ pub(crate) const AHEAD_MAX: usize = 64;
 pub struct Base {
     mapper: Arc<dyn Mapper>,
     leaf: Arc<Leaf>,
+    /// Where a file ended that holds the data alone, when it was opened: it may be shorter than what the tables name, and reads as zeros
+    /// from there on.
+    data_end: Option<u64>,
     backing: Option<Arc<dyn Source>>,
     /// Where the backing ends, once known.
     backing_end: OnceLock<u64>,
@@ -49,9 +52,11 @@ pub struct BaseFiles {
 impl Base {
     /// A layer that `mapper` maps onto `files`, above `backing`.
     pub fn new(mapper: Arc<dyn Mapper>, files: BaseFiles, backing: Option<Arc<dyn Source>>, rt: &Rt) -> Self {
+        let apart = !std::ptr::addr_eq(Arc::as_ptr(&files.own), Arc::as_ptr(&files.data));
+        let data_end = apart.then(|| files.data.len());
         let clusters = Clusters::new(files.own, mapper.geometry().cluster_size, Arc::clone(rt));
         let leaf = Arc::new(Leaf { data: files.data, mapper: Arc::clone(&mapper), clusters });
-        Self { mapper, leaf, backing, backing_end: OnceLock::new() }
+        Self { mapper, leaf, data_end, backing, backing_end: OnceLock::new() }
     }
 
     async fn backing_end(&self, backing: &Arc<dyn Source>) -> Result<u64, LayerError> {
@@ -62,11 +67,27 @@ impl Base {
         Ok(*self.backing_end.get_or_init(|| end))
     }
 
-    async fn find_place(&self, offset: u64, len_max: u64) -> Result<Option<Found>, LayerError> {
-        let Extent { mapping, mut len } = match self.mapper.lookup_now(offset, len_max) {
+    async fn lookup(&self, offset: u64, len_max: u64) -> Result<Extent, LayerError> {
+        let extent = match self.mapper.lookup_now(offset, len_max) {
             Some(extent) => extent?,
             None => self.mapper.lookup(offset, len_max).await?,
         };
+        Ok(self.inside_data(extent))
+    }
+
+    /// The extent as far as the file has it that holds the data, or zeros past its end.
+    fn inside_data(&self, extent: Extent) -> Extent {
+        let (Mapping::Data(at) | Mapping::Shared(at), Some(end)) = (extent.mapping, self.data_end) else {
+            return extent;
+        };
+        match end.saturating_sub(at) {
+            0 => Extent { mapping: Mapping::Zero, ..extent },
+            left => Extent { len: extent.len.min(left), ..extent },
+        }
+    }
+
+    async fn find_place(&self, offset: u64, len_max: u64) -> Result<Option<Found>, LayerError> {
+        let Extent { mapping, mut len } = self.lookup(offset, len_max).await?;
         let place = match (mapping, &self.backing) {
             (Mapping::Data(at) | Mapping::Shared(at), _) => Place::Data(Arc::clone(&self.leaf), at),
             (Mapping::Compressed(place), _) => Place::Compressed(Arc::clone(&self.leaf), place),
@@ -87,10 +108,7 @@ impl Base {
         let mut ahead = VecDeque::new();
         let mut at = range.start;
         while at < range.end {
-            let extent = match self.mapper.lookup_now(at, range.end - at) {
-                Some(extent) => extent?,
-                None => self.mapper.lookup(at, range.end - at).await?,
-            };
+            let extent = self.lookup(at, range.end - at).await?;
             let part = at..at + extent.len;
             match (extent.mapping, &self.backing) {
                 (Mapping::Compressed(place), _) => {
@@ -166,7 +184,7 @@ impl Source for Base {
         while done < buf.len() {
             let at = offset + done as u64;
             let extent = match self.mapper.lookup_now(at, (buf.len() - done) as u64)? {
-                Ok(extent) => extent,
+                Ok(extent) => self.inside_data(extent),
                 Err(error) => return Some(Err(error.into())),
             };
             let part = &mut buf[done..done + extent.len as usize];

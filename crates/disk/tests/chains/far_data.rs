@@ -101,6 +101,20 @@ async fn it_is_read_once_and_pinned_with_its_image() {
     }
 }
 
+#[tokio::test]
+async fn one_that_ends_early_reads_as_zeros_from_there() {
+    let far = Far::naming("data.raw").await;
+    far.replace_data("\"d1\"", &far.shown[..HALF as usize + 100]);
+    let place = far.top().await;
+    for _ in 0..2 {
+        let opened = place.open("top.qcow2", options()).await;
+        let read = opened.read(0..SIZE).await;
+        assert!(read[..HALF as usize + 100] == far.shown[..HALF as usize + 100]);
+        assert!(read[HALF as usize + 100..].iter().all(|&byte| byte == 0));
+        opened.close().await;
+    }
+}
+
 /// Half an image of the old data, half of the new: what the guest would have read without a pin of the data file.
 #[tokio::test]
 async fn a_changed_data_file_is_not_mixed_in() {

@@ -92,6 +92,12 @@ impl Writer {
         if layout.external_data && data.is_none() {
             return Err(FormatError::Invalid("'data-file' is required for this image".into()));
         }
+        if let Some(data) = data.as_ref().filter(|data| data.len() < layout.image_size) {
+            // Written in place, and read, wherever the tables say; what is not there reads as zeros.
+            if let Err(error) = data.set_len(layout.image_size).await {
+                tracing::warn!(%error, "the data file ends before the disk, and cannot be made as long");
+            }
+        }
         let found = Found::read(file.as_ref(), &header).await?;
         let cluster_size = layout.cluster_size();
         let file_end = round_up(file.len(), cluster_size)
