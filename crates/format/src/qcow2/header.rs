@@ -609,11 +609,11 @@ fn check_l1(fields: &Fields, layout: &Layout, file_len: u64) -> Result<(), Forma
             ),
         ));
     }
+    let table_bytes = entries * L1_ENTRY_BYTES;
+    check_table_offset("l1_table_offset", fields.l1_table_offset, table_bytes, layout.cluster_size())?;
     if entries == 0 {
         return Ok(());
     }
-    let table_bytes = entries * L1_ENTRY_BYTES;
-    check_table_offset("l1_table_offset", fields.l1_table_offset, table_bytes, layout.cluster_size())?;
     let inside = fields.l1_table_offset.checked_add(table_bytes).is_some_and(|end| end <= file_len);
     if fields.l1_table_offset == 0 || !inside {
         return Err(FormatError::corrupt(

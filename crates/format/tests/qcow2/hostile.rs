@@ -138,6 +138,8 @@ fn with(at: usize, value: &[u8]) -> Result<(), FormatError> {
 fn every_field_is_checked() {
     let u32 = |value: u32| value.to_be_bytes().to_vec();
     let u64 = |value: u64| value.to_be_bytes().to_vec();
+    // Size, crypt_method and l1_size are 0.
+    let no_guest = |l1_table_offset: u64| [vec![0; 16], u64(l1_table_offset)].concat();
     for (at, value, expect) in [
         (0, b"QED\0".to_vec(), r"magic is QED\x00, must be QFI\xfb"),
         (4, u32(1), "Unsupported qcow2 version 1"),
@@ -190,6 +192,17 @@ fn every_field_is_checked() {
             40,
             u64(1 << 40),
             "l1_table_offset is 1099511627776, must not be 0, and its 8 bytes must lie inside the file, LEN bytes",
+        ),
+        // A guest of no bytes has no L1 table, and its place is held to the rule all the same: QEMU opens no such image.
+        (
+            24,
+            no_guest(1 << 63),
+            "l1_table_offset is 9223372036854775808, must be a multiple of 4096, and the table must end below 2^63",
+        ),
+        (
+            24,
+            no_guest(512),
+            "l1_table_offset is 512, must be a multiple of 4096, and the table must end below 2^63",
         ),
         (
             48,
