@@ -104,6 +104,20 @@ pub struct Description {
     pub snapshots: Vec<Snapshot>,
 }
 
+impl Description {
+    /// What to tell whoever has the image written or grown here: that its persistent bitmaps are of no use from then on. `None`: it has
+    /// none, or they were stale before.
+    pub fn bitmaps_lost(&self) -> Option<String> {
+        let count = self.details.iter().find_map(|(name, detail)| match detail {
+            Detail::List(bitmaps) if *name == "bitmaps" => Some(bitmaps.len()).filter(|&count| count > 0),
+            _ => None,
+        })?;
+        Some(format!(
+            "its persistent bitmaps ({count}) are stale from now on, as readonce does not keep them: the next backup must be a full one"
+        ))
+    }
+}
+
 /// A file that holds an image's data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DataFile {

@@ -113,6 +113,9 @@ pub async fn run(args: Args) -> Outcome {
         .change(&held.file, &HeaderChange::Size(size))
         .await
         .map_err(|error| Failure::new(error.to_string()))?;
+    if let Some(lost) = held.description.bitmaps_lost().filter(|_| !args.quiet && size > now) {
+        crate::report::warn(format!("{image}: {lost}"));
+    }
     if held.description.backing.is_some() && size > now {
         let format = held.driver.name();
         drop(held);

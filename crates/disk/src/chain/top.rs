@@ -181,6 +181,9 @@ impl Opening {
             .open_writable(Arc::clone(&storage), data.clone(), Arc::clone(&self.shared.rt))
             .await
             .map_err(|error| self.failed(error))?;
+        if let Some(lost) = description.bitmaps_lost() {
+            self.shared.warn(format!("{}: {lost}", self.locator.printable()));
+        }
         self.shared.opened(self.locator.printable(), driver.name(), true);
         let files = ImageFiles { own: Arc::clone(&storage), data: data.unwrap_or(storage) };
         let image = Image::new(

@@ -223,6 +223,31 @@ async fn data_in_a_file_of_its_own() {
     }
 }
 
+/// Copied without its tail of zeros, or grown by one program alone: each read of the tail failed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_data_file_that_ends_early_reads_as_zeros_from_there() {
+    for read_only in [true, false] {
+        let place = Place::new();
+        with_data_file(&place, "off").await.close().await;
+        let end = (100 << 10) + 100;
+        let data = std::fs::File::options().write(true).open(place.path("data.raw")).expect("made");
+        data.set_len(end).expect("room");
+        let mut start = vec![0; SIZE as usize];
+        start[64 << 10..end as usize].fill(0x11);
+        qemu::compare(&place.path("top.qcow2"), &start);
+        let mut model = Model::over(8, &start, SIZE);
+        let opened = place.open("top.qcow2", ChainOptions { read_only, ..options() }).await;
+        assert!(opened.read((end - 1)..(end + 1)).await[..] == [0x11, 0]);
+        model.check_all(opened.disk()).await;
+        if !read_only {
+            model.use_disk(opened.disk(), 100).await;
+        }
+        opened.close().await;
+        qemu::check(&place.path("top.qcow2"));
+        qemu::compare(&place.path("top.qcow2"), &model.bytes);
+    }
+}
+
 #[tokio::test]
 async fn a_data_file_is_locked_as_its_image_is() {
     let place = Place::new();
@@ -232,6 +257,28 @@ async fn a_data_file_is_locked_as_its_image_is() {
     assert!(error.contains("data.raw") && error.contains("lock"), "{error}");
     opened.close().await;
     place.open("other.qcow2", options()).await.close().await;
+}
+
+/// An incremental backup would be made of bitmaps that say nothing any more, or fail, and nobody would know since when.
+#[tokio::test]
+async fn bitmaps_that_go_stale_are_told_once() {
+    let place = Place::new();
+    qemu::img(place.folder(), &["create", "-q", "-f", "qcow2", "top.qcow2", "3M"]);
+    qemu::img(place.folder(), &["bitmap", "--add", "top.qcow2", "b0"]);
+    qemu::img(place.folder(), &["bitmap", "--add", "top.qcow2", "b1"]);
+    let opened = place.open("top.qcow2", ChainOptions { read_only: true, ..options() }).await;
+    assert_eq!(opened.warnings(), [""; 0]);
+    opened.close().await;
+    let opened = place.open("top.qcow2", options()).await;
+    let warnings = opened.warnings();
+    assert!(
+        matches!(&warnings[..], [one] if one.contains("persistent bitmaps (2) are stale")),
+        "{warnings:?}"
+    );
+    opened.close().await;
+    let opened = place.open("top.qcow2", options()).await;
+    assert_eq!(opened.warnings(), [""; 0]);
+    opened.close().await;
 }
 
 #[tokio::test]
