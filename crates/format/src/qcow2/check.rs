@@ -16,9 +16,10 @@ use super::{
     chunks::{Chunks, read_padded, words},
     entry::{COPIED, OFFSET_MASK},
     header::Header,
+    judge::{Cluster, entries},
     layout::L1_ENTRY_BYTES,
     refcount::{Refcounts, TABLE_OFFSET_MASK},
-    scan::{Cluster, Observer, Scanned, entries, refcounts, scan},
+    scan::{Observer, Scanned, refcounts, scan},
 };
 use crate::{Finding, FormatError, driver::CheckReport, finding::Tell};
 

@@ -13,9 +13,10 @@ use super::{
     counts::Counts,
     entry::{COPIED, OFFSET_MASK},
     header::Header,
+    judge::{Cluster, entries},
     layout::L1_ENTRY_BYTES,
     recount::write_changes,
-    scan::{Cluster, Named, entries},
+    scan::Named,
 };
 use crate::{FormatError, number::index};
 

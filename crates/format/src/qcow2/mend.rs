@@ -25,10 +25,11 @@ use super::{
     counts::Counts,
     entry::{COMPRESSED, COPIED, OFFSET_MASK},
     header::{AUTOCLEAR_BITMAPS, Header},
+    judge::{Cluster, Entry, Wrong, WrongEntry},
     layout::{Layout, SECTOR_BYTES},
     overlaps,
     recount::end_of_file,
-    scan::{Cluster, Entry, Named, Nobody, Observer, Scanned, Wrong, WrongEntry, references},
+    scan::{Named, Nobody, Observer, Scanned, references},
     snapshots::Table,
 };
 use crate::FormatError;

@@ -5,7 +5,7 @@
 //! - `writer`: an image open for writing; `commit`: how an entry changes, `links`: what is linked in memory and not yet on disk,
 //!   `space`, `refs` and `refcount_table`: clusters and their refcounts, `flush`: how it all gets to the disk, `mark`: the header meanwhile,
 //!   `known`: what is no place for data, `reclaim`: what a crash left.
-//! - `refcount`, `snapshots`: refcounts and snapshots as the file stores them; `scan` with `counts`, `chunks` and `bitmaps`, `check`: what refers to clusters, and
+//! - `refcount`, `snapshots`: refcounts and snapshots as the file stores them; `scan` with `judge`, `counts`, `chunks` and `bitmaps`, `check`: what refers to clusters, and
 //!   whether the refcounts say the same; `repair` with `mend`, `overlaps`, `recount` and `flags`: making it right; `snapshot`:
 //!   internal snapshots made, applied and deleted.
 //! - `describe`: what an image says of itself. `head`, `create`: a new image; `change`, `grow`: a changed header.
@@ -26,6 +26,7 @@ mod grow;
 mod head;
 mod header;
 mod holes;
+mod judge;
 mod known;
 mod l1;
 mod layout;
