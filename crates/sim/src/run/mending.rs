@@ -2,6 +2,7 @@
 //!
 //! - Nothing that is done with a damaged image panics or hangs, and looking writes nothing.
 //! - A cluster that could be read right before the repair can be read right after it, however often the repair was cut off.
+//! - Where data is in a file of its own, that may be cut: nothing in the tables says how long it is.
 //! - What a repair leaves is sound, and can be used.
 //! - The model knows nothing of the other clusters: they are written anew.
 //!
@@ -22,6 +23,7 @@ use crate::{
     damage::damage,
     exec::Exec,
     plan::DiskFault,
+    shape::Layout,
     stamp,
     verdict::{Flags, Leaks},
     world::{Disks, OpenAs},
@@ -33,14 +35,22 @@ const CUT_OFF_MAX: u32 = 2;
 impl Run {
     /// Damages the top and repairs it. What cannot be repaired is as if it had not happened.
     pub(super) fn damage(&mut self, seed: u64, fault: Option<&DiskFault>) {
-        if self.world.shape.top.format == "raw" || self.world.shape.top.data_file {
-            // No check tells that an entry names another place of a data file than its own.
+        if self.world.shape.top.format == "raw" {
+            // No table, and nothing that could be repaired.
             return;
         }
         let mut rng = SmallRng::seed_from_u64(seed);
         let mut bytes = self.disks.top.contents();
         damage(self.world.shape.top.format, &mut bytes, &mut rng);
-        let damaged = Disks { top: Arc::new(SimFile::from_bytes(&bytes)), ..self.disks.clone() };
+        // Files of its own: those of the run must be there again if nothing comes of this.
+        let copies = self.disks.map(|file| file.crash_with(|_| true));
+        let mut damaged = Disks { top: Arc::new(SimFile::from_bytes(&bytes)), ..copies };
+        if let Some(data) = &mut damaged.data
+            && rng.random_range(0..3) == 0
+        {
+            *data = Arc::new(cut(data, &mut rng));
+        }
+        let damaged = damaged;
         let (checked, good) = self.seen(&damaged, &mut rng);
         assert_eq!(damaged.top.unsynced_count(), 0, "looking writes nothing");
 
@@ -84,8 +94,8 @@ impl Run {
         // sound. When one of them is written, the other lacks its flag; a power loss then can leave a refcount too high.
         self.flags = Flags::MayLag;
         self.leaky = true;
-        self.forget_snapshots(&mut rng);
-        if self.write_anew(&good, &mut rng) == Written::Refused {
+        let forgotten = self.forget_snapshots(&mut rng);
+        if forgotten == Done::Refused || self.write_anew(&good, &mut rng) == Done::Refused {
             (self.disks, self.snapshots, self.flags, self.leaky) = sound;
             return;
         }
@@ -131,22 +141,18 @@ impl Run {
     }
 
     /// What the snapshots hold is not known any more.
-    fn forget_snapshots(&mut self, rng: &mut SmallRng) {
+    fn forget_snapshots(&mut self, rng: &mut SmallRng) -> Done {
         let exec = Exec::new(rng.random());
         let (layout, file) = (self.world.shape.top.clone(), self.disks.top.clone());
-        exec.run(async move {
-            let file: Arc<dyn Storage> = file;
-            let snapshots = layout.describe(&file).await.expect("it was repaired").snapshots;
-            for snapshot in snapshots {
-                let delete = SnapshotChange::Delete(snapshot.name);
-                layout.driver().snapshot(&file, &delete).await.expect("the image is sound");
-            }
-        });
-        self.snapshots.clear();
+        let done = exec.run(async move { delete_snapshots(&layout, &(file as Arc<dyn Storage>)).await });
+        if done == Done::All {
+            self.snapshots.clear();
+        }
+        done
     }
 
     /// Writes what is not known.
-    fn write_anew(&mut self, good: &[bool], rng: &mut SmallRng) -> Written {
+    fn write_anew(&mut self, good: &[bool], rng: &mut SmallRng) -> Done {
         let exec = Exec::new(rng.random());
         let (world, disks, inner) = (Arc::clone(&self.world), self.disks.clone(), Arc::clone(&exec));
         let cell = world.shape.cell;
@@ -167,7 +173,9 @@ impl Run {
                 let mut data = vec![0; ((end - first) * cell) as usize];
                 stamp::fill(&mut data, cell, first, |at| stamp::of_write(number, at));
                 match opened.top.write(first * cell, data.into()).await {
-                    Err(error) if names_compressed_bytes(&error.to_string()) => return Written::Refused,
+                    Err(error) if no_check_tells(&world.shape.top, &error.to_string()) => {
+                        return Done::Refused;
+                    }
                     written => written.expect("what was repaired can be written"),
                 }
                 (first..end).for_each(|at| told.lock()[at as usize] = stamp::of_write(number, at));
@@ -176,10 +184,10 @@ impl Run {
             if let Some(middle) = opened.middle {
                 middle.close(CLOSE_WAIT).await.expect("the disk is well");
             }
-            Written::All
+            Done::All
         });
         exec.power_off();
-        if written == Written::Refused {
+        if written == Done::Refused {
             return written;
         }
         self.shared.lock().model.replace(&stamps.lock());
@@ -189,24 +197,45 @@ impl Run {
     }
 }
 
-/// What became of clusters that were to be written.
+/// What became of something that was to be done to all of a repaired image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Written {
-    /// All of them were.
+enum Done {
+    /// It was.
     All,
-    /// One names compressed bytes on a table: readers and writers refuse that, and no check tells.
+    /// No check tells what stands in the way: an L2 entry that readers and writers refuse, or a name that cannot be said.
     Refused,
 }
 
-/// Whether an error is about an L2 entry that describes a compressed cluster.
-fn names_compressed_bytes(error: &str) -> bool {
+/// Whether an error is about an L2 entry that no check tells of: compressed bytes on a table, or another place of a data file than
+/// its own.
+fn no_check_tells(layout: &Layout, error: &str) -> bool {
     let word = error.split(" is 0x").nth(1).and_then(|rest| rest.split(',').next());
     let word = word.and_then(|word| u64::from_str_radix(word.split(' ').next()?, 16).ok());
-    error.contains("L2 entry") && word.is_some_and(|word| word & 1 << 62 != 0)
+    error.contains("L2 entry") && word.is_some_and(|word| layout.data_file || word & 1 << 62 != 0)
+}
+
+/// Deletes all snapshots, by their names as a person does it; none, where a name is no UTF-8 and so none that could be given.
+async fn delete_snapshots(layout: &Layout, file: &Arc<dyn Storage>) -> Done {
+    let snapshots = layout.describe(file).await.expect("it was repaired").snapshots;
+    if snapshots.iter().any(|snapshot| snapshot.name.contains(char::REPLACEMENT_CHARACTER)) {
+        return Done::Refused;
+    }
+    for snapshot in snapshots {
+        let delete = SnapshotChange::Delete(snapshot.name);
+        layout.driver().snapshot(file, &delete).await.expect("the image is sound");
+    }
+    Done::All
+}
+
+/// A data file without its end: a place between clusters or inside of one.
+fn cut(file: &SimFile, rng: &mut SmallRng) -> SimFile {
+    let mut bytes = file.contents();
+    bytes.truncate(rng.random_range(0..=bytes.len() / 512) * 512);
+    SimFile::from_bytes(&bytes)
 }
 
 /// Whether an image is pinned.
-async fn disks_pin(layout: &crate::shape::Layout, disks: &Disks) -> Option<readonce_format::driver::Pin> {
+async fn disks_pin(layout: &Layout, disks: &Disks) -> Option<readonce_format::driver::Pin> {
     let file: Arc<dyn Storage> = disks.top.clone();
     layout.describe(&file).await.ok()?.pin
 }
@@ -224,4 +253,32 @@ async fn reads_as(source: &Arc<dyn Source>, at: u64, stamps: &[u64], cell: u64) 
             .chunks_exact(cell as usize)
             .zip(stamps)
             .all(|(bytes, &stamp)| stamp::of_bytes(bytes) == Some(stamp))
+}
+
+#[cfg(test)]
+mod tests {
+    use readonce_format::driver::CreateSpec;
+
+    use super::*;
+
+    /// Seed 604475 of qcow2: the damage hit a name. Nobody's image was at stake; a sound repair was called a failure.
+    #[test]
+    fn a_snapshot_whose_name_is_no_utf8_is_left() {
+        let layout = Layout::plain("qcow2", 4096);
+        let file: Arc<dyn Storage> = Arc::new(SimFile::new());
+        let exec = Exec::new(0);
+        exec.run(async move {
+            let spec = CreateSpec { size: 1 << 20, ..CreateSpec::default() };
+            layout.driver().create(&file, None, &spec).await.expect("the image is made");
+            let create = SnapshotChange::Create { name: "before".into(), date_sec: 0, date_nsec: 0 };
+            layout.driver().snapshot(&file, &create).await.expect("there is room for one");
+            let len = file.len();
+            let bytes = file.read(0, len as usize).await.expect("the disk is well");
+            let at = bytes.windows(6).position(|name| name == b"before").expect("it has the name") as u64;
+            file.write(at, Bytes::from_static(&[0xff])).await.expect("the disk is well");
+            assert_eq!(delete_snapshots(&layout, &file).await, Done::Refused);
+            file.write(at, Bytes::from_static(b"B")).await.expect("the disk is well");
+            assert_eq!(delete_snapshots(&layout, &file).await, Done::All);
+        });
+    }
 }
