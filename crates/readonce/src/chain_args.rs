@@ -216,6 +216,7 @@ impl UseArgs {
             no_backing_files: self.policy.no_backing_files,
             origin: self.origin.options(&[&named])?,
             locks: Locks::Take,
+            ..ChainOptions::default()
         })
     }
 }

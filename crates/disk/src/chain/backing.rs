@@ -7,7 +7,7 @@ use readonce_format::{
     driver::{BackingRef, Description, HeaderChange, Pin},
 };
 use readonce_origin::{Locator, Origin, OriginNote, OriginOptions, Pinned, open::Reach};
-use readonce_storage::{BoxFuture, ImageLock, LocalFile, ReadAt, Storage, local::OpenMode, lock::Access};
+use readonce_storage::{BoxFuture, OpenMode, ReadAt, Storage, lock::Access};
 
 use super::{
     CHAIN_DEPTH_MAX, CopyOnRead, Locks, OnChange, OpenError, Shared, driver_of, files,
@@ -80,7 +80,10 @@ impl Step {
             reach: Reach::Preferred,
             ..shared.options.origin.clone()
         };
-        let asked = readonce_origin::open(&self.locator, &options, &shared.rt)
+        let asked = shared
+            .options
+            .places
+            .origin(&self.locator, &options, &shared.rt)
             .await
             .map_err(|error| OpenError::new(self.locator.printable(), error))?;
         for note in asked.notes() {
@@ -138,8 +141,7 @@ impl Step {
         if shared.options.copy_on_read == CopyOnRead::Off || shared.options.locks == Locks::Share {
             return Ok(None);
         }
-        let Ok(file) = LocalFile::open(path, OpenMode::ReadWrite) else { return Ok(None) };
-        let file = Arc::new(file);
+        let Ok(file) = shared.options.places.file(path, OpenMode::ReadWrite) else { return Ok(None) };
         let name = self.locator.printable();
         let failed = |cause: String| OpenError::new(&name, cause);
         let driver = driver_of(&*file, self.format.as_deref()).await.map_err(failed)?;
@@ -152,7 +154,7 @@ impl Step {
             shared.warn(format!("{name} is not filled: it is marked corrupt"));
             return Ok(None);
         }
-        let lock = match ImageLock::wait(&file, Access::Write, &shared.rt).await {
+        let lock = match file.lock(Access::Write, &shared.rt).await {
             Ok(lock) => lock,
             Err(error) => {
                 shared.warn(format!("{name} is not filled: {error}"));
@@ -192,7 +194,8 @@ impl Step {
         let Some(backing) = description.backing.clone().filter(|_| description.pin.is_none()) else {
             return Ok(None);
         };
-        let mut step = Step::down(shared, &self.locator, description, &backing, &self.above)?.probed().await;
+        let mut step =
+            Step::down(shared, &self.locator, description, &backing, &self.above)?.probed(shared).await;
         if !step.can_be_pinned() || step.is_refused(shared) {
             return Ok(None);
         }
@@ -213,10 +216,10 @@ impl Step {
 
     /// Finds out the format of a local file whose name in the image above has none: a raw one is pinned. What cannot be read is told by
     /// who opens it.
-    pub(super) async fn probed(mut self) -> Self {
+    pub(super) async fn probed(mut self, shared: &Shared) -> Self {
         if let (Locator::File(path), None) = (&self.locator, &self.format)
-            && let Ok(file) = LocalFile::open(path, OpenMode::Read)
-            && let Ok(driver) = driver_of(&file, None).await
+            && let Ok(file) = shared.options.places.file(path, OpenMode::Read)
+            && let Ok(driver) = driver_of(&*file, None).await
         {
             self.format = Some(driver.name().to_owned());
         }
@@ -243,7 +246,7 @@ impl Step {
         at_hand: Option<AtHand>,
     ) -> Result<Option<Arc<dyn Source>>, OpenError> {
         let Some(backing) = &description.backing else { return Ok(None) };
-        let down = Step::down(shared, &self.locator, description, backing, &self.above)?.probed().await;
+        let down = Step::down(shared, &self.locator, description, backing, &self.above)?.probed(shared).await;
         let step = Step { at_hand, ..down };
         if step.is_refused(shared) {
             return Ok(Some(offline(&self.locator)));

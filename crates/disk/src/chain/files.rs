@@ -10,16 +10,15 @@ use std::sync::Arc;
 use readonce_format::driver::{Description, Detail};
 use readonce_origin::{Locator, Origin, OriginOptions, Pinned, Reach, Version};
 use readonce_storage::{
-    ImageLock, LocalFile, Storage,
-    local::OpenMode,
+    OpenMode, Storage,
     lock::{Access, LockError},
 };
 
-use super::{ChainOptions, Locks, OpenError, Shared, layers::lock_for_reading};
+use super::{ChainOptions, Held, Locks, OpenError, Shared, layers::lock_for_reading};
 use crate::{BaseFiles, pieces::Pieces};
 
 /// A data file open for writing, and the lock on it.
-pub(super) type LockedData = (Arc<dyn Storage>, Option<ImageLock>);
+pub(super) type LockedData = (Arc<dyn Storage>, Option<Held>);
 
 /// What an image at `locator` is read through.
 pub(super) fn read_through(locator: &Locator, origin: Arc<dyn Origin>, shared: &Shared) -> Arc<dyn Origin> {
@@ -81,7 +80,7 @@ pub(super) async fn for_reading(
     origin: Arc<dyn Origin>,
     description: &Description,
     pinned: Option<&Pinned>,
-) -> Result<(BaseFiles, Option<ImageLock>), OpenError> {
+) -> Result<(BaseFiles, Option<Held>), OpenError> {
     let Some(place) = data_file(locator, description, &shared.options)? else {
         return Ok((BaseFiles { own: origin.clone(), data: origin }, None));
     };
@@ -91,7 +90,10 @@ pub(super) async fn for_reading(
         .map_err(|error| failed(error.to_string()))?;
     let expect = expected_data(&place, pinned)?;
     let options = OriginOptions { expect, reach: Reach::Preferred, ..shared.options.origin.clone() };
-    let data = readonce_origin::open(&place, &options, &shared.rt)
+    let data = shared
+        .options
+        .places
+        .origin(&place, &options, &shared.rt)
         .await
         .map_err(|error| failed(error.to_string()))?;
     for note in data.notes() {
@@ -111,11 +113,11 @@ pub(super) async fn for_writing(
     let Some(place) = data_file(locator, description, &shared.options)? else { return Ok(None) };
     let Locator::File(path) = &place else { return Ok(None) };
     let failed = |cause: String| OpenError::new(place.printable(), cause);
-    let file =
-        Arc::new(LocalFile::open(path, OpenMode::ReadWrite).map_err(|error| failed(error.to_string()))?);
+    let places = &shared.options.places;
+    let file = places.file(path, OpenMode::ReadWrite).map_err(|error| failed(error.to_string()))?;
     let lock = match shared.options.locks {
         Locks::Share => None,
-        Locks::Take => match ImageLock::wait(&file, Access::Write, &shared.rt).await {
+        Locks::Take => match file.lock(Access::Write, &shared.rt).await {
             Ok(lock) => Some(lock),
             Err(error @ LockError::Unsupported { .. }) => {
                 shared.warn(error.to_string());

@@ -7,10 +7,9 @@ use readonce_format::{
     driver::{Description, Pin},
 };
 use readonce_origin::{Locator, Origin, OriginOptions, Pinned};
-use readonce_storage::{ImageLock, LocalFile, ReadAt, Rt};
+use readonce_storage::{OpenMode, ReadAt, Rt, lock::Access};
 
-use super::{CHAIN_DEPTH_MAX, ChainOptions, Locks, OpenError, driver_of, files, versions};
-use readonce_storage::{local::OpenMode, lock::Access};
+use super::{CHAIN_DEPTH_MAX, ChainOptions, Held, Locks, OpenError, driver_of, files, versions};
 
 /// One file or URL of a chain, open for reading.
 pub struct Layer {
@@ -24,7 +23,7 @@ pub struct Layer {
     pub origin: Arc<dyn Origin>,
     /// Where its data is, if that is another file and lies far away.
     pub data: Option<Arc<dyn Origin>>,
-    _lock: Option<ImageLock>,
+    _lock: Option<Held>,
 }
 
 impl Layer {
@@ -101,7 +100,9 @@ async fn open_layer(
     let _lock = lock_for_reading(&locator, options, rt).await.map_err(|error| failed(error.to_string()))?;
     let own = expect.as_ref().map(|expect| expect.own.clone());
     let origin_options = OriginOptions { expect: own, ..options.origin.clone() };
-    let origin = readonce_origin::open(&locator, &origin_options, rt)
+    let origin = options
+        .places
+        .origin(&locator, &origin_options, rt)
         .await
         .map_err(|error| failed(error.to_string()))?;
     let file: Arc<dyn ReadAt> = origin.clone();
@@ -114,7 +115,7 @@ async fn open_layer(
     {
         let expect = files::expected_data(&place, expect.as_ref())?;
         let origin_options = OriginOptions { expect, ..options.origin.clone() };
-        let opened = readonce_origin::open(&place, &origin_options, rt).await;
+        let opened = options.places.origin(&place, &origin_options, rt).await;
         data = Some(opened.map_err(|error| OpenError::new(place.printable(), error))?);
     }
     Ok(Layer { locator, description, mapper, origin, data, _lock })
@@ -125,12 +126,12 @@ pub(super) async fn lock_for_reading(
     locator: &Locator,
     options: &ChainOptions,
     rt: &Rt,
-) -> Result<Option<ImageLock>, readonce_storage::lock::LockError> {
+) -> Result<Option<Held>, readonce_storage::lock::LockError> {
     use readonce_storage::lock::LockError;
     let (Locator::File(path), Locks::Take) = (locator, options.locks) else { return Ok(None) };
     // A file that cannot be opened is told by who opens it to read.
-    let Ok(file) = LocalFile::open(path, OpenMode::Read) else { return Ok(None) };
-    match ImageLock::wait(&file, Access::Read, rt).await {
+    let Ok(file) = options.places.file(path, OpenMode::Read) else { return Ok(None) };
+    match file.lock(Access::Read, rt).await {
         Ok(lock) => Ok(Some(lock)),
         Err(LockError::Unsupported { .. }) => Ok(None),
         Err(error) => Err(error),

@@ -7,11 +7,13 @@
 //! - An image names its backing, but the user's policy decides whether that is opened (I8).
 //!
 //! Here: what is asked and what is answered. `top` opens an image to be used, `backing` what lies behind one,
-//! `files` the files of an image, `versions` what is pinned of them, `layers` a whole chain to be looked at.
+//! `files` the files of an image, `versions` what is pinned of them, `layers` a whole chain to be looked at, `places` where all of it
+//! is opened.
 
 mod backing;
 mod files;
 mod layers;
+mod places;
 mod top;
 mod versions;
 
@@ -19,9 +21,10 @@ use std::{sync::Arc, time::Duration};
 
 use readonce_format::{Driver, driver::drivers};
 use readonce_origin::{AllowBacking, OriginOptions};
-use readonce_storage::{ImageLock, ReadAt, Rt};
+use readonce_storage::{ReadAt, Rt};
 
 pub use layers::{Layer, TopOnly, open_layers};
+pub use places::{Held, Lockable, Opener, Places};
 pub use top::open;
 pub use versions::{Looked, look_at_backing};
 
@@ -85,6 +88,8 @@ pub struct ChainOptions {
     pub origin: OriginOptions,
     /// Locks.
     pub locks: Locks,
+    /// Where files and origins are opened.
+    pub places: Places,
 }
 
 /// What a person should hear while a chain is used.
@@ -152,7 +157,7 @@ struct Shared {
     /// Images open for writing, in the order of opening: top first.
     images: parking_lot::Mutex<Vec<Arc<Image>>>,
     /// Held until the chain ends.
-    locks: parking_lot::Mutex<Vec<ImageLock>>,
+    locks: parking_lot::Mutex<Vec<Held>>,
     /// Origins that were opened, for their counters.
     origins: parking_lot::Mutex<Vec<Arc<dyn readonce_origin::Origin>>>,
 }

@@ -13,14 +13,13 @@ use readonce_format::{
 };
 use readonce_origin::Locator;
 use readonce_storage::{
-    ImageLock, LocalFile, ReadAt, Rt, Storage,
-    local::OpenMode,
+    OpenMode, ReadAt, Rt, Storage,
     lock::{self, Access, LockError},
     runtime::timeout,
 };
 
 use super::{
-    Chain, ChainOptions, CopyOnRead, Locks, OnChange, OpenError, Reporter, Shared,
+    Chain, ChainOptions, CopyOnRead, Lockable, Locks, OnChange, OpenError, Reporter, Shared,
     backing::{AtHand, Step, keep_pin, offline, refused},
     driver_of, files,
     layers::lock_for_reading,
@@ -70,8 +69,8 @@ impl Opening {
             }
             return self.open_base().await;
         };
-        let file = match LocalFile::open(path, OpenMode::ReadWrite) {
-            Ok(file) => Arc::new(file),
+        let file = match self.options().places.file(path, OpenMode::ReadWrite) {
+            Ok(file) => file,
             Err(error) if self.options().read_only && cannot_write(&error) => {
                 if self.options().copy_on_read != CopyOnRead::Off {
                     self.shared.warn(format!("{error}: it is not filled, reads pass through"));
@@ -120,7 +119,10 @@ impl Opening {
             .await
             .map_err(|error| self.failed(error))?;
         self.shared.locks.lock().extend(lock);
-        let origin = readonce_origin::open(&self.locator, &self.options().origin, &self.shared.rt)
+        let options = self.options();
+        let origin = options
+            .places
+            .origin(&self.locator, &options.origin, &self.shared.rt)
             .await
             .map_err(|error| self.failed(error))?;
         for note in origin.notes() {
@@ -148,12 +150,12 @@ impl Opening {
 
     async fn open_image(
         &self,
-        file: Arc<LocalFile>,
+        file: Arc<dyn Lockable>,
         driver: &'static dyn Driver,
         copy_on_read: bool,
     ) -> Result<Top, OpenError> {
         if self.options().locks == Locks::Take {
-            match ImageLock::wait(&file, Access::Write, &self.shared.rt).await {
+            match file.lock(Access::Write, &self.shared.rt).await {
                 Ok(lock) => self.shared.locks.lock().push(lock),
                 Err(error @ LockError::Unsupported { .. }) => self.shared.warn(error.to_string()),
                 Err(error) => return Err(self.failed(error)),
@@ -230,7 +232,9 @@ impl Opening {
         let mut at_hand = None;
         if let (false, Some(backing)) = (self.options().no_backing_files, &description.backing) {
             let repin = self.options().on_change == OnChange::Repin;
-            let mut step = Step::down(&self.shared, &self.locator, description, backing, &[])?.probed().await;
+            let mut step = Step::down(&self.shared, &self.locator, description, backing, &[])?
+                .probed(&self.shared)
+                .await;
             let may_ask = step.can_be_pinned() && !step.is_refused(&self.shared);
             if may_ask && (description.pin.is_none() || repin) {
                 let pinned = step.expect.take();
@@ -293,7 +297,8 @@ impl Opening {
         if self.options().no_backing_files {
             return Ok(Some(refused(format!("{name}: backing files are off (--no-backing-files)"))));
         }
-        let down = Step::down(&self.shared, &self.locator, description, backing, &[])?.probed().await;
+        let down =
+            Step::down(&self.shared, &self.locator, description, backing, &[])?.probed(&self.shared).await;
         let step = Step { at_hand, ..down };
         if step.is_refused(&self.shared) {
             return Ok(Some(offline(&self.locator)));

@@ -71,8 +71,9 @@ pub async fn look_at_backing(
                 }
                 None => None,
             };
+            let places = &options.places;
             let options = OriginOptions { expect, ..options.origin.clone() };
-            Some(readonce_origin::open(&place, &options, rt).await?)
+            Some(places.origin(&place, &options, rt).await?)
         }
         None => None,
     };
