@@ -28,11 +28,12 @@ pub fn run(data: &[u8]) {
     }
 }
 
-fn any_driver(format: &dyn Driver, bytes: &[u8]) {
+fn any_driver(format: &'static dyn Driver, bytes: &[u8]) {
     let file = Arc::new(SimFile::from_bytes(bytes));
     let reader: Arc<dyn ReadAt> = file.clone();
     let known = format.probe(&bytes[..bytes.len().min(512)]);
-    exec::run(|_| async {
+    let at_work = Arc::clone(&file);
+    exec::run(|_| async move {
         let described = format.describe(&reader).await;
         if let (Ok(described), false) = (&described, format.name() == "raw") {
             assert!(known, "{} describes what it does not probe", described.format);
@@ -45,7 +46,7 @@ fn any_driver(format: &dyn Driver, bytes: &[u8]) {
             }
             read_units(&*mapper, &reader, &reader, 64, u64::MAX).await;
         }
-        assert_eq!(file.unsynced_count(), 0, "reading writes nothing");
+        assert_eq!(at_work.unsynced_count(), 0, "reading writes nothing");
     });
     assert!(file.resident_bytes() < MEMORY_MAX);
 }

@@ -11,18 +11,17 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
-use readonce_disk::{Disk, Top};
 use readonce_format::driver::{Repair, SnapshotChange};
 use readonce_storage::sim::{Fault, Lasts};
+use readonce_testkit::exec::{Digest, Exec};
 
 use crate::{
-    exec::{Digest, Exec},
     guest::{self, Faults, Guest, Shared},
     model::{Ended, Model},
     plan::Op,
     shape::{Formats, Layout, Remote, Shape},
     verdict::{Flags, Leaks, Look, Qemu, judge},
-    world::{Disks, OpenAs, Wanted, World},
+    world::{Disks, OpenAs, Wanted, Way, World},
 };
 
 /// Unsynced operations of which every subset is tried.
@@ -289,11 +288,12 @@ fn perform(world: &Arc<World>, disks: &Disks, model: Model, act: &Act, kept: Opt
                 own: disks.own(),
                 below: disks.below(),
                 scarce: false,
+                lazy: false,
             });
             let (world, inner, disks) = (Arc::clone(world), Arc::clone(&exec), disks.clone());
             let (ops, close, told) = (ops.clone(), *close, Arc::clone(&shared));
             exec.run(async move {
-                let how = OpenAs { copy_on_read: true, budget: 64 << 20 };
+                let how = OpenAs { copy_on_read: true, budget: 64 << 20, way: Way::Hand };
                 let opened = match world.open(&disks, &inner, &server, how).await {
                     Ok(opened) => opened,
                     Err(error) => {
@@ -302,7 +302,7 @@ fn perform(world: &Arc<World>, disks: &Disks, model: Model, act: &Act, kept: Opt
                     }
                 };
                 let guest = Guest {
-                    disk: Arc::new(Disk::new(Top::Image(Arc::clone(&opened.top)), false)),
+                    disk: Arc::clone(&opened.disk),
                     image: Arc::clone(&opened.top),
                     shared: Arc::clone(&told),
                     faults: Arc::clone(&faults),
@@ -364,7 +364,14 @@ fn look(
         world,
         disks,
         &shared,
-        Look { seed: counts.states, leaks: Leaks::Allowed, flags, qemu: Qemu::Leave, may_have },
+        Look {
+            seed: counts.states,
+            leaks: Leaks::Allowed,
+            leaks_below: Leaks::Allowed,
+            flags,
+            qemu: Qemu::Leave,
+            may_have,
+        },
     );
     shared.lock().model.clone()
 }

@@ -10,9 +10,9 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use readonce_disk::{BlockDevice, DeviceError, Disk, Image, ZeroMode};
 use readonce_storage::{Rt, SimFile, runtime::timeout, sim::Fault};
+use readonce_testkit::exec::Digest;
 
 use crate::{
-    exec::Digest,
     model::{Ended, Model},
     plan::Op,
     server::Server,
@@ -39,6 +39,8 @@ pub struct Faults {
     pub below: Vec<Arc<SimFile>>,
     /// Memory for what is in flight is scarce: writes may have to wait for the origin.
     pub scarce: bool,
+    /// What lies below the top is opened when it is needed: any fault of its disk may keep it from that.
+    pub lazy: bool,
 }
 
 /// A guest.
@@ -61,7 +63,8 @@ pub struct Guest {
 impl Faults {
     /// What lies behind the guests' image met a fault that its readers may see.
     pub fn behind(&self) -> bool {
-        self.server.fault_hits() > 0 || hits(&self.below, &[Fault::Eio]) > 0
+        let kinds = if self.lazy { &ALL[..] } else { &[Fault::Eio] };
+        self.server.fault_hits() > 0 || hits(&self.below, kinds) > 0
     }
 
     /// The guests' image met a fault of its disk.

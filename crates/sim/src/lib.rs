@@ -1,8 +1,8 @@
 //! The simulator: the engine in one thread, from a seed, under every fault that its world has; judged by a flat model.
 //!
-//! - `exec`: a seeded executor with invented time. `model`: what each cell may read as. `stamp`: bytes that say what they are.
+//! - `model`: what each cell may read as. `stamp`: bytes that say what they are.
 //! - `shape`, `plan`: what is drawn: images, requests, faults. `run`: doing it. `verdict`: what must be true afterwards.
-//! - `world`: the files and the chain. `remote`, `server`: what the origin holds, and HTTP without a network. `guest`: requests.
+//! - `world`: the files and the chain, `places`: as `disk::chain` opens them. `remote`, `server`: what the origin holds, and HTTP without a network. `guest`: requests.
 //! - `damage`: images that something else broke. `bug`: bugs made by hand, which must be found.
 //!
 //! Unchanged under it: `disk`, `format`, and `origin` down to its transport. Not here: threads (`disk/tests/schedules.rs`),
@@ -15,10 +15,10 @@
 
 pub mod bug;
 pub mod damage;
-pub mod exec;
 pub mod exhaustive;
 pub mod guest;
 pub mod model;
+pub mod places;
 pub mod plan;
 pub mod remote;
 pub mod run;

@@ -8,20 +8,24 @@
 //!
 //! Not here: what the model says (`model`).
 
-use std::{process::Command, sync::Arc};
+use std::{any::Any, process::Command, sync::Arc};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
-use readonce_disk::{BlockDevice, DeviceError, Disk, Top, ZeroMode};
+use readonce_disk::{
+    BlockDevice, DeviceError, Disk, Top, ZeroMode,
+    chain::{ChainOptions, CopyOnRead},
+};
 use readonce_format::driver::{CheckReport, Repair};
 use readonce_storage::{ReadAt, SimFile, Storage};
+use readonce_testkit::exec::Exec;
 
 use crate::{
-    exec::Exec,
     guest::Shared,
+    server::Server,
     shape::Layout,
-    world::{Disks, OpenAs, World},
+    world::{Disks, OpenAs, Way, World},
 };
 
 /// Whether clusters may have leaked.
@@ -59,6 +63,8 @@ pub struct Look {
     pub seed: u64,
     /// What the check may find.
     pub leaks: Leaks,
+    /// What it may find in the image below.
+    pub leaks_below: Leaks,
     /// What a cut off change left.
     pub flags: Flags,
     /// The second judge.
@@ -78,22 +84,16 @@ pub fn judge(world: &Arc<World>, disks: &Disks, shared: &Arc<Mutex<Shared>>, loo
     let copy = disks.map(|file| file.crash_with(|_| true));
     check(&exec, &world.shape.top, &copy.top, look);
     if let (Some(middle), Some(file)) = (&world.shape.middle, &copy.middle) {
-        check(&exec, &middle.layout, file, look);
+        check(&exec, &middle.layout, file, Look { leaks: look.leaks_below, ..look });
     }
-    let how = OpenAs { copy_on_read: rng.random(), budget: 64 << 20 };
+    let way = if rng.random() { Way::Chain } else { Way::Hand };
+    let how = OpenAs { copy_on_read: rng.random(), budget: 64 << 20, way };
     let read_only = rng.random_range(0..4) == 0;
     let step = 1 << rng.random_range(9..17);
     let bytes = {
         let (world, inner, server) = (Arc::clone(world), Arc::clone(&exec), world.server(exec.rt(), 0));
         exec.run(async move {
-            let top = if read_only {
-                let opened = world.open_to_read(&copy, &inner, &server).await;
-                let (source, size) = opened.expect("the images open");
-                Top::Base(source, size)
-            } else {
-                Top::Image(world.open(&copy, &inner, &server, how).await.expect("the images open").top)
-            };
-            let disk = Disk::new(top, read_only);
+            let (disk, _kept) = open(&world, &copy, &inner, &server, how, read_only).await;
             let bytes = read_all(&disk, step).await;
             if read_only {
                 is_untouched(&disk, &copy).await;
@@ -113,6 +113,28 @@ pub fn judge(world: &Arc<World>, disks: &Disks, shared: &Arc<Mutex<Shared>>, loo
     shared.digest.add_bytes(&bytes);
     shared.model.restart(0, &bytes);
     shared.model.end_restart();
+}
+
+/// The images as a disk; what stands beside it keeps it open.
+async fn open(
+    world: &World,
+    disks: &Disks,
+    exec: &Arc<Exec>,
+    server: &Arc<Server>,
+    how: OpenAs,
+    read_only: bool,
+) -> (Arc<Disk>, Box<dyn Any + Send>) {
+    if !read_only {
+        let opened = world.open(disks, exec, server, how).await.expect("the images open");
+        return (Arc::clone(&opened.disk), Box::new(opened));
+    }
+    if how.way == Way::Hand {
+        let (source, size) = world.open_to_read(disks, exec, server).await.expect("the images open");
+        return (Arc::new(Disk::new(Top::Base(source, size), true)), Box::new(()));
+    }
+    let options = ChainOptions { read_only: true, copy_on_read: CopyOnRead::Off, ..ChainOptions::default() };
+    let mounted = world.mount(disks, exec, server, options).await.expect("the images open");
+    (Arc::clone(&mounted.chain.disk), Box::new(mounted))
 }
 
 async fn read_all(disk: &Disk, step: u64) -> Bytes {

@@ -6,8 +6,10 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use readonce_disk::{
-    Base, BaseFiles, Image, ImageFiles, ImageOptions, Indexed, LayerError, Lazy, Source, chain::driver_of,
-    inflight::Budgets, pieces::Pieces,
+    Base, BaseFiles, Disk, Image, ImageFiles, ImageOptions, Indexed, LayerError, Lazy, Source, Top,
+    chain::{self, Chain, ChainOptions, CopyOnRead, OpenError, Places, driver_of},
+    inflight::Budgets,
+    pieces::Pieces,
 };
 use readonce_format::{
     Driver, FormatError,
@@ -17,11 +19,12 @@ use readonce_format::{
 };
 use readonce_origin::{HttpOrigin, Origin, OriginOptions, Reach, Validator, Version};
 use readonce_storage::{ReadAt, Rt, SimFile, Storage, runtime::timeout};
+use readonce_testkit::exec::Exec;
 use url::Url;
 
 use crate::{
     bug::{self, Bug},
-    exec::Exec,
+    places::{self, Holders, Local, RunPlaces},
     plan::Which,
     remote::{self, Packing},
     server::{Served, Server},
@@ -56,10 +59,28 @@ pub struct World {
 
 /// Images open for writing.
 pub struct Opened {
-    /// What the guests use.
+    /// What the guests write.
     pub top: Arc<Image>,
-    /// What is filled below it.
-    pub middle: Option<Arc<Image>>,
+    /// How they see it.
+    pub disk: Arc<Disk>,
+    /// What is filled below it, and is closed with it.
+    below: Below,
+}
+
+/// What is open below the top.
+enum Below {
+    /// An image that is filled, or none.
+    Image(Option<Arc<Image>>),
+    /// Whatever the chain opened.
+    Chain(Mounted),
+}
+
+/// A chain that was opened as `readonce` does it.
+pub struct Mounted {
+    /// The chain.
+    pub chain: Chain,
+    /// Who holds its files.
+    pub holders: Arc<Holders>,
 }
 
 /// How a session opens the images.
@@ -67,8 +88,49 @@ pub struct Opened {
 pub struct OpenAs {
     /// The top fills.
     pub copy_on_read: bool,
-    /// Both bounds, bytes.
+    /// Both bounds, bytes; a chain has its own.
     pub budget: u64,
+    /// Who opens them.
+    pub way: Way,
+}
+
+/// Who opens the images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// This world, layer by layer, with bounds and bugs of its own.
+    Hand,
+    /// `disk::chain`, from the top's name on.
+    Chain,
+}
+
+impl Opened {
+    /// Whether an image below the top is open for writing as well.
+    pub fn fills_below(&self) -> bool {
+        match &self.below {
+            Below::Image(middle) => middle.is_some(),
+            Below::Chain(mounted) => mounted.chain.images().len() > 1,
+        }
+    }
+
+    /// Closes as a chain does it: one that fails does not keep the others open. Of the top, and of what lies below it; a chain tells
+    /// the first failure, as the top's.
+    pub async fn close(self, wait_max: Duration) -> [Result<(), LayerError>; 2] {
+        match self.below {
+            Below::Image(middle) => {
+                let top = self.top.close(wait_max).await;
+                let middle = match middle {
+                    Some(middle) => middle.close(wait_max).await,
+                    None => Ok(()),
+                };
+                [top, middle]
+            }
+            Below::Chain(mounted) => {
+                let closed = mounted.chain.close(wait_max).await;
+                assert!(mounted.holders.are_gone(), "closing gives back all locks: {:?}", mounted.holders);
+                [closed, Ok(())]
+            }
+        }
+    }
 }
 
 impl Disks {
@@ -182,7 +244,7 @@ impl World {
         let behind = match &shape.middle {
             Some(middle) => {
                 let format = Some(middle.layout.format.into());
-                (Some(BackingRef { name: "middle.img".into(), format }), None)
+                (Some(BackingRef { name: places::MIDDLE.into(), format }), None)
             }
             None => self.behind(),
         };
@@ -246,6 +308,9 @@ impl World {
         server: &Arc<Server>,
         how: OpenAs,
     ) -> Result<Opened, FormatError> {
+        if how.way == Way::Chain && self.bug.is_none() {
+            return self.open_chain(disks, exec, server, how.copy_on_read).await;
+        }
         let mut middle = None;
         let backing: Option<Arc<dyn Source>> = match (&self.shape.middle, &disks.middle) {
             (Some(layer), Some(file)) if layer.fills => {
@@ -263,7 +328,66 @@ impl World {
         };
         let files = (&disks.top, disks.data.as_ref());
         let top = self.open_image(&self.shape.top, files, backing, exec, options).await?;
-        Ok(Opened { top, middle })
+        let disk = Arc::new(Disk::new(Top::Image(Arc::clone(&top)), false));
+        Ok(Opened { top, disk, below: Below::Image(middle) })
+    }
+
+    async fn open_chain(
+        &self,
+        disks: &Disks,
+        exec: &Arc<Exec>,
+        server: &Arc<Server>,
+        copy_on_read: bool,
+    ) -> Result<Opened, FormatError> {
+        let copy_on_read = match (copy_on_read, self.shape.is_backed()) {
+            (false, _) => CopyOnRead::Off,
+            (true, true) => CopyOnRead::On,
+            (true, false) => CopyOnRead::Auto,
+        };
+        let options = ChainOptions {
+            format: Some(self.shape.top.format.into()),
+            copy_on_read,
+            ..ChainOptions::default()
+        };
+        let mounted = self.mount(disks, exec, server, options).await.map_err(other)?;
+        let top = mounted
+            .chain
+            .images()
+            .into_iter()
+            .next()
+            .ok_or_else(|| FormatError::Io(std::io::Error::other(NOT_WRITABLE)))?;
+        Ok(Opened { top, disk: Arc::clone(&mounted.chain.disk), below: Below::Chain(mounted) })
+    }
+
+    /// Opens the chain from the top's name on, as `readonce` does it.
+    ///
+    /// # Errors
+    /// Of the chain.
+    ///
+    /// # Panics
+    /// When a chain that does not open keeps a lock.
+    pub async fn mount(
+        &self,
+        disks: &Disks,
+        exec: &Arc<Exec>,
+        server: &Arc<Server>,
+        options: ChainOptions,
+    ) -> Result<Mounted, OpenError> {
+        let holders = Arc::<Holders>::default();
+        let options = ChainOptions { places: self.places(disks, server, &holders), ..options };
+        match chain::open(places::TOP, options, exec.rt(), Arc::new(|_| ())).await {
+            Ok(chain) => Ok(Mounted { chain, holders }),
+            Err(error) => {
+                assert!(holders.are_gone(), "{error}: who does not open holds nothing: {holders:?}");
+                Err(error)
+            }
+        }
+    }
+
+    /// Where a chain finds all that there is.
+    pub fn places(&self, disks: &Disks, server: &Arc<Server>, holders: &Arc<Holders>) -> Places {
+        let (disks, server, holders) = (disks.clone(), Arc::clone(server), Arc::clone(holders));
+        Places::new(Arc::new(RunPlaces { disks, server, holders }))
     }
 
     /// Opens the images for reading alone.
@@ -375,6 +499,9 @@ impl World {
     }
 }
 
+/// Of a chain that serves its top read-only: the image is marked corrupt.
+const NOT_WRITABLE: &str = "the top is not open for writing";
+
 fn other(error: impl std::error::Error + Send + Sync + 'static) -> FormatError {
     FormatError::Io(std::io::Error::other(error))
 }
@@ -389,7 +516,7 @@ async fn base(
 ) -> Result<Arc<dyn Source>, FormatError> {
     let own: Arc<dyn ReadAt> = own.clone();
     let mapper = layout.driver().open(own.clone()).await?;
-    let data = Arc::new(Local(data.clone()));
+    let data = Local::new(data.clone());
     Ok(Arc::new(Base::new(mapper, BaseFiles { own, data }, backing, &exec.rt())))
 }
 
@@ -477,7 +604,7 @@ impl Layout {
         if self.format != "raw" {
             options.push(("cluster_size".into(), Some(self.cluster_size.to_string())));
         }
-        let data_file = data.map(|_| "data.raw".to_owned());
+        let data_file = data.map(|_| places::DATA.to_owned());
         let spec = CreateSpec { size, backing, options, pin, data_file };
         self.driver().create(file, data, &spec).await.expect("the image is made");
     }
@@ -544,46 +671,5 @@ impl World {
             self.shape.top.driver().repair(file, Repair::All).await?;
         }
         Ok(())
-    }
-}
-
-/// A file of this machine as an origin.
-struct Local(Arc<SimFile>);
-
-impl ReadAt for Local {
-    fn len(&self) -> u64 {
-        self.0.len()
-    }
-    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Option<std::io::Result<()>> {
-        self.0.read_now(offset, buf)
-    }
-    fn read(&self, offset: u64, len: usize) -> readonce_storage::BoxFuture<'_, std::io::Result<Bytes>> {
-        self.0.read(offset, len)
-    }
-}
-
-impl Origin for Local {
-    fn fetch<'a>(
-        &'a self,
-        range: std::ops::Range<u64>,
-        _: readonce_origin::Class,
-        sink: readonce_origin::Sink<'a>,
-    ) -> readonce_storage::BoxFuture<'a, Result<(), readonce_origin::FetchError>> {
-        Box::pin(async move {
-            let len = usize::try_from(range.end - range.start).expect("it fits in memory");
-            let permanent = |error: std::io::Error| readonce_origin::FetchError::Permanent {
-                origin: "middle".into(),
-                cause: error.to_string(),
-            };
-            let bytes = self.0.read(range.start, len).await.map_err(permanent)?;
-            sink(range.start, bytes);
-            Ok(())
-        })
-    }
-    fn name(&self) -> String {
-        "middle".into()
-    }
-    fn validator(&self) -> Vec<u8> {
-        Vec::new()
     }
 }

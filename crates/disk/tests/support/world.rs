@@ -171,7 +171,7 @@ impl Drop for World {
 impl World {
     /// An empty image with copy-on-read over an origin of the same size that answers at once.
     pub fn new(kind: Kind, seed: u64, size: u64) -> Self {
-        let exec = Exec::new(seed);
+        let exec = Exec::punctual(seed);
         let file = Arc::new(SimFile::new());
         let origin = SimOrigin::new(size, exec.rt(), 0);
         let (storage, below, inner): (Arc<dyn Storage>, _, _) = (file.clone(), origin.clone(), exec.clone());

@@ -1,130 +1,50 @@
 //! Damage: fields, entries and bytes of an image become something else, at drawn places; the file is cut or grows.
 //!
-//! - Places are where structures lie in the image before the damage: its own reading of them, not the driver's.
 //! - Values are near what could be there, or far from it.
 
-use super::{Format, make::Made};
+use readonce_testkit::tables::{Format, Tables};
+
+use super::make::Made;
 use crate::draw::Draw;
 
-/// Words of one table that may be hit.
-const WORDS_MAX: usize = 48;
-/// Tables of one level that may be hit.
-const TABLES_MAX: usize = 8;
-
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-
-/// Bytes with a byte order.
-struct Words<'a> {
-    bytes: &'a mut Vec<u8>,
-    format: Format,
+/// Fields of the header: offset and bytes.
+fn fields(format: Format) -> Vec<(u64, usize)> {
+    match format {
+        Format::Qed => {
+            [(4, 4), (8, 4), (12, 4), (16, 8), (24, 8), (32, 8), (40, 8), (48, 8), (56, 4), (60, 4)].to_vec()
+        }
+        Format::Qcow2 => [
+            (4, 4),
+            (8, 8),
+            (16, 4),
+            (20, 4),
+            (24, 8),
+            (32, 4),
+            (36, 4),
+            (40, 8),
+            (48, 8),
+            (56, 4),
+            (60, 4),
+            (64, 8),
+            (72, 8),
+            (80, 8),
+            (88, 8),
+            (96, 4),
+            (100, 4),
+            (104, 1),
+            (112, 4),
+            (116, 4),
+            (120, 4),
+            (124, 4),
+        ]
+        .to_vec(),
+    }
 }
 
-impl Words<'_> {
-    fn get(&self, at: u64, len: usize) -> u64 {
-        let Some(bytes) = usize::try_from(at).ok().and_then(|at| self.bytes.get(at..at.checked_add(len)?))
-        else {
-            return 0;
-        };
-        let put = |value: u64, byte: &u8| value << 8 | u64::from(*byte);
-        match self.format {
-            Format::Qed => bytes.iter().rev().fold(0, put),
-            Format::Qcow2 => bytes.iter().fold(0, put),
-        }
-    }
-
-    fn set(&mut self, at: u64, len: usize, value: u64) {
-        tell!("{len} bytes at {at:#x} become {value:#x}");
-        let Some(to) = usize::try_from(at).ok().and_then(|at| self.bytes.get_mut(at..at.checked_add(len)?))
-        else {
-            return;
-        };
-        let bytes = value.to_be_bytes();
-        let bytes = &bytes[8 - len..];
-        match self.format {
-            Format::Qed => to.iter_mut().zip(bytes.iter().rev()).for_each(|(to, from)| *to = *from),
-            Format::Qcow2 => to.copy_from_slice(bytes),
-        }
-    }
-
-    /// Fields of the header: offset and bytes.
-    fn fields(&self) -> Vec<(u64, usize)> {
-        match self.format {
-            Format::Qed => {
-                [(4, 4), (8, 4), (12, 4), (16, 8), (24, 8), (32, 8), (40, 8), (48, 8), (56, 4), (60, 4)]
-                    .to_vec()
-            }
-            Format::Qcow2 => [
-                (4, 4),
-                (8, 8),
-                (16, 4),
-                (20, 4),
-                (24, 8),
-                (32, 4),
-                (36, 4),
-                (40, 8),
-                (48, 8),
-                (56, 4),
-                (60, 4),
-                (64, 8),
-                (72, 8),
-                (80, 8),
-                (88, 8),
-                (96, 4),
-                (100, 4),
-                (104, 1),
-                (112, 4),
-                (116, 4),
-                (120, 4),
-                (124, 4),
-            ]
-            .to_vec(),
-        }
-    }
-
-    /// Words of the first tables behind a table, those that name something first.
-    fn words(&self, at: u64, len: u64) -> Vec<u64> {
-        let end = at.saturating_add(len).min(self.bytes.len() as u64);
-        let all = || (at..end).step_by(8);
-        let mut words: Vec<u64> = all().filter(|&at| self.get(at, 8) != 0).take(WORDS_MAX).collect();
-        words.extend(all().take(4));
-        words.extend(all().last());
-        words
-    }
-
-    /// Offsets of words in the tables, level by level.
-    fn tables(&self, cluster: u64) -> Vec<Vec<u64>> {
-        match self.format {
-            Format::Qed => {
-                let table = self.get(8, 4) * cluster;
-                let l1 = self.words(self.get(40, 8), table);
-                let l2 = l1.iter().map(|&at| self.get(at, 8)).filter(|&at| at != 0).take(TABLES_MAX);
-                let l2 = l2.flat_map(|at| self.words(at, table)).collect();
-                vec![l1, l2]
-            }
-            Format::Qcow2 => {
-                let l1 = self.words(self.get(40, 8), self.get(36, 4) * 8);
-                let table = self.words(self.get(48, 8), self.get(56, 4) * cluster);
-                let behind = |words: &[u64]| -> Vec<u64> {
-                    let named = words
-                        .iter()
-                        .map(|&at| self.get(at, 8) & OFFSET)
-                        .filter(|&at| at != 0)
-                        .take(TABLES_MAX);
-                    named.flat_map(|at| self.words(at, cluster)).collect()
-                };
-                let (l2, blocks) = (behind(&l1), behind(&table));
-                let mut levels = vec![l1, l2, table, blocks];
-                if self.get(60, 4) > 0 {
-                    let snapshots = self.get(64, 8);
-                    levels.push((snapshots..snapshots + 160).step_by(4).collect());
-                    let snapshot_l1 = self.words(self.get(snapshots, 8), self.get(36, 4) * 8);
-                    levels.push(behind(&snapshot_l1));
-                    levels.push(snapshot_l1);
-                }
-                levels
-            }
-        }
-    }
+/// Sets a number, and says so.
+fn set(words: &mut Tables<'_>, at: u64, len: usize, value: u64) {
+    tell!("{len} bytes at {at:#x} become {value:#x}");
+    words.set(at, len, value);
 }
 
 /// Damages the image's file. Returns the bytes of a hole behind it.
@@ -132,9 +52,9 @@ pub(crate) fn damage(format: Format, made: &mut Made, draw: &mut Draw<'_>) -> u6
     let cluster = made.cluster_size;
     let file_len = made.file.len() as u64;
     let mut tail = made.tail;
-    let mut words = Words { bytes: &mut made.file, format };
-    let levels: Vec<Vec<u64>> = words.tables(cluster).into_iter().filter(|level| !level.is_empty()).collect();
-    let fields = words.fields();
+    let mut words = Tables { bytes: &mut made.file, format };
+    let levels: Vec<Vec<u64>> = words.levels().into_iter().filter(|level| !level.is_empty()).collect();
+    let fields = fields(format);
     for _ in 0..draw.below(8) {
         match draw.below(16) {
             0..=8 => {
@@ -149,18 +69,18 @@ pub(crate) fn damage(format: Format, made: &mut Made, draw: &mut Draw<'_>) -> u6
                     }
                     _ => value(was, cluster, file_len, draw),
                 };
-                words.set(at, 8, value);
+                set(&mut words, at, 8, value);
             }
             9..=11 => {
                 let (at, len) = fields[draw.index(fields.len())];
                 let was = words.get(at, len);
                 let value = value(was, cluster, file_len, draw);
-                words.set(at, len, value);
+                set(&mut words, at, len, value);
             }
             12 => {
                 // Where names, extensions and records lie.
                 let at = draw.below(cluster.min(600));
-                words.set(at, 1, draw.byte().into());
+                set(&mut words, at, 1, draw.byte().into());
             }
             13 => {
                 let at = draw.below(cluster.min(600));
@@ -170,7 +90,7 @@ pub(crate) fn damage(format: Format, made: &mut Made, draw: &mut Draw<'_>) -> u6
             }
             14 => {
                 let at = draw.below(file_len.clamp(1, 1 << 16));
-                words.set(at, 1, draw.byte().into());
+                set(&mut words, at, 1, draw.byte().into());
             }
             _ => {
                 let len = match draw.below(3) {

@@ -18,6 +18,7 @@ use readonce_format::{
     driver::{BackingRef, CheckReport, HeaderChange, Pin, Repair, SnapshotChange, driver},
 };
 use readonce_storage::{Rt, SimFile};
+use readonce_testkit::tables::Format;
 
 pub(crate) use guest::read_units;
 use guest::{Unit, pattern, unit_len};
@@ -29,13 +30,6 @@ use crate::{draw::Draw, exec};
 pub(crate) const MEMORY_MAX: u64 = 64 << 20;
 /// Units that are compared.
 const UNITS_MAX: u64 = 2048;
-
-/// Which format.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Format {
-    Qed,
-    Qcow2,
-}
 
 /// The target for QED.
 pub fn qed(data: &[u8]) {
@@ -49,8 +43,9 @@ pub fn qcow2(data: &[u8]) {
 
 fn run(format: Format, data: &[u8]) {
     let driver = driver(if format == Format::Qed { "qed" } else { "qcow2" }).expect("we have it");
+    let data = data.to_vec();
     exec::run(|rt| async move {
-        let mut draw = Draw::new(data);
+        let mut draw = Draw::new(&data);
         // First, so that the corpus has every one of them with the same image.
         let deed = draw.below(6);
         let mut made = make(format, driver, &mut draw, &rt).await;

@@ -17,7 +17,7 @@ use readonce_format::{
 use readonce_storage::{ReadAt, SimFile, Storage};
 
 use super::Run;
-use crate::exec::Exec;
+use readonce_testkit::exec::Exec;
 
 /// Broken headers that are looked at.
 const HEADERS: u32 = 6;

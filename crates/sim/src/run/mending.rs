@@ -19,16 +19,19 @@ use readonce_origin::Class;
 use readonce_storage::{ReadAt, SimFile, Storage};
 
 use super::{CLOSE_WAIT, Run};
+use readonce_testkit::exec::Exec;
+
 use crate::{
     damage::damage,
-    exec::Exec,
     plan::DiskFault,
     shape::Layout,
     stamp,
     verdict::{Flags, Leaks},
-    world::{Disks, OpenAs},
+    world::{Disks, OpenAs, Way},
 };
 
+/// Where the offset stands in an entry of qcow2.
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// Repairs that are cut off, at most, before one is let alone.
 const CUT_OFF_MAX: u32 = 2;
 
@@ -161,7 +164,7 @@ impl Run {
         let (number, told) = (self.shared.lock().model.next_write(), Arc::clone(&stamps));
         let good = good.to_vec();
         let written = exec.run(async move {
-            let how = OpenAs { copy_on_read: false, budget: 64 << 20 };
+            let how = OpenAs { copy_on_read: false, budget: 64 << 20, way: Way::Hand };
             let server = world.server(inner.rt(), 0);
             let opened = world.open(&disks, &inner, &server, how).await.expect("what was repaired opens");
             let count = told.lock().len() as u64;
@@ -173,16 +176,15 @@ impl Run {
                 let mut data = vec![0; ((end - first) * cell) as usize];
                 stamp::fill(&mut data, cell, first, |at| stamp::of_write(number, at));
                 match opened.top.write(first * cell, data.into()).await {
-                    Err(error) if no_check_tells(&world.shape.top, &error.to_string()) => {
+                    Err(error) if no_check_tells(&world.shape.top, disks.top.len(), &error.to_string()) => {
                         return Done::Refused;
                     }
                     written => written.expect("what was repaired can be written"),
                 }
                 (first..end).for_each(|at| told.lock()[at as usize] = stamp::of_write(number, at));
             }
-            opened.top.close(CLOSE_WAIT).await.expect("the disk is well");
-            if let Some(middle) = opened.middle {
-                middle.close(CLOSE_WAIT).await.expect("the disk is well");
+            for closed in opened.close(CLOSE_WAIT).await {
+                closed.expect("the disk is well");
             }
             Done::All
         });
@@ -206,12 +208,17 @@ enum Done {
     Refused,
 }
 
-/// Whether an error is about an L2 entry that no check tells of: compressed bytes on a table, or another place of a data file than
-/// its own.
-fn no_check_tells(layout: &Layout, error: &str) -> bool {
+/// Whether an error is about an entry that no check tells of: compressed bytes on a table, another place of a data file than its own,
+/// or an L2 table that the end of the file cuts.
+fn no_check_tells(layout: &Layout, file_len: u64, error: &str) -> bool {
     let word = error.split(" is 0x").nth(1).and_then(|rest| rest.split(',').next());
     let word = word.and_then(|word| u64::from_str_radix(word.split(' ').next()?, 16).ok());
-    error.contains("L2 entry") && word.is_some_and(|word| layout.data_file || word & 1 << 62 != 0)
+    let Some(word) = word else { return false };
+    let cut = || (word & OFFSET).saturating_add(layout.cluster_size) > file_len;
+    match error {
+        error if error.contains("L2 entry") => layout.data_file || word & 1 << 62 != 0,
+        error => error.contains("L1 entry") && cut(),
+    }
 }
 
 /// Deletes all snapshots, by their names as a person does it; none, where a name is no UTF-8 and so none that could be given.

@@ -1,10 +1,10 @@
 //! Executor: one thread, one seed. Which task runs next and when a timer fires are drawn, never measured.
 //!
 //! - The same seed and the same tasks give the same schedule; [`Exec::digest`] is a mark of it.
-//! - Time jumps to the next timer when nothing can run, and now and then while something could.
+//! - Time jumps to the next timer when nothing can run, and now and then while something could (not in a punctual one).
 //! - Nothing can run and no timer is set: a waiter was lost, and the run panics.
 //!
-//! Not here: what the tasks do.
+//! Not here: what the tasks do, and threads.
 
 use std::{
     cmp::Reverse,
@@ -24,7 +24,7 @@ use rand::{Rng, SeedableRng, rngs::SmallRng};
 use readonce_storage::{BoxFuture, Moment, Rt, Runtime};
 
 /// Polls after which a run is called stuck.
-const POLLS_MAX: u64 = 20_000_000;
+const POLLS_MAX: u64 = 50_000_000;
 /// Of so many steps, one lets a timer fire though a task could run.
 const TIMER_FIRST: u32 = 64;
 
@@ -42,8 +42,18 @@ struct Inner {
     timer_wakers: BTreeMap<u64, Waker>,
     timer_next: u64,
     rng: SmallRng,
+    timers_fire: TimersFire,
     digest: Digest,
     polls: u64,
+}
+
+/// When a timer fires.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum TimersFire {
+    /// Now and then while something could run.
+    Early,
+    /// When nothing can run.
+    Last,
 }
 
 /// A task's waker.
@@ -153,6 +163,15 @@ impl Runtime for ExecRuntime {
 impl Exec {
     /// An executor whose schedule is drawn from `seed`.
     pub fn new(seed: u64) -> Arc<Self> {
+        Self::with(seed, TimersFire::Early)
+    }
+
+    /// One in which work takes no time: for who counts what happens between two timers.
+    pub fn punctual(seed: u64) -> Arc<Self> {
+        Self::with(seed, TimersFire::Last)
+    }
+
+    fn with(seed: u64, timers_fire: TimersFire) -> Arc<Self> {
         Arc::new(Self {
             inner: Mutex::new(Inner {
                 now: Duration::ZERO,
@@ -162,6 +181,7 @@ impl Exec {
                 timer_wakers: BTreeMap::new(),
                 timer_next: 0,
                 rng: SmallRng::seed_from_u64(seed),
+                timers_fire,
                 digest: Digest::default(),
                 polls: 0,
             }),
@@ -244,7 +264,8 @@ impl Exec {
         let mut inner = self.inner.lock();
         inner.polls += 1;
         let mut ready = self.ready.lock();
-        let early = !ready.is_empty() && inner.rng.random_range(0..TIMER_FIRST) == 0;
+        let may_be_early = !ready.is_empty() && inner.timers_fire == TimersFire::Early;
+        let early = may_be_early && inner.rng.random_range(0..TIMER_FIRST) == 0;
         if ready.is_empty() || early {
             drop(ready);
             let fired = inner.fire(early);
