@@ -6,7 +6,7 @@ mod commands;
 
 use std::{io::BufRead, process::ExitCode, time::Duration};
 
-use readonce_disk::chain::{self, CopyOnRead, OpenError};
+use readonce_disk::chain::{self, ChainOptions, CopyOnRead, Locks, OpenError};
 use readonce_origin::Locator;
 use readonce_storage::{LocalFile, local::OpenMode, runtime::TokioRuntime};
 
@@ -35,6 +35,9 @@ pub struct Args {
     /// Copy-on-read, as --copy-on-read=on
     #[arg(short = 'C')]
     fill: bool,
+    /// Open an image that is in use; goes with -r alone, and what is written meanwhile may be read torn
+    #[arg(short = 'U', long)]
+    force_share: bool,
     /// Run this command; may be given again
     #[arg(short = 'c', long = "cmd", value_name = "COMMAND")]
     commands: Vec<String>,
@@ -55,7 +58,10 @@ pub async fn run(mut args: Args) -> Outcome {
     // As qemu-io: which files are opened is not told, unless it is asked for.
     let reporter = if args.told.verbose > 0 { args.told.reporter() } else { args.told.warnings() };
     args.chain.warn_of_unused(&image, args.chain.format.as_deref()).await;
-    let options = args.chain.chain_options(&image)?;
+    let mut options = args.chain.chain_options(&image)?;
+    if args.force_share {
+        share(&image, &mut options)?;
+    }
     let chain = chain::open(&image, options, TokioRuntime::current(), reporter)
         .await
         .map_err(|error| not_opened(&image, args.chain.read_only, error))?;
@@ -76,6 +82,17 @@ pub async fn run(mut args: Args) -> Outcome {
     drop(machine);
     chain.close(CLOSE_TIMEOUT).await.map_err(|error| Failure::new(format!("{image}: {error}")))?;
     Ok(ExitCode::from(u8::from(failed)))
+}
+
+/// Has an image opened that another program may write: without a lock, and so without a write of ours, copy-on-read included.
+fn share(image: &str, options: &mut ChainOptions) -> Result<(), Failure> {
+    if !options.read_only || options.copy_on_read == CopyOnRead::On {
+        let cause = "force-share=on can only be used with read-only images";
+        return Err(Failure::new(format!("can't open device {image}: {cause}")));
+    }
+    options.locks = Locks::Share;
+    options.copy_on_read = CopyOnRead::Off;
+    Ok(())
 }
 
 /// In qemu-io's words: the file is named twice only where it is the file that cannot be opened.

@@ -196,3 +196,25 @@ fn an_end_of_standard_output_is_told_or_silent_and_the_image_is_closed_clean() {
         assert!(told.out.contains("1/64 = 1.56% allocated"), "{told:?}");
     }
 }
+
+/// Without it nobody could look into an image that a guest has; with it nothing may be written, fills included.
+#[test]
+fn an_image_in_use_is_read_with_force_share() {
+    for (format, _) in KEEPERS {
+        let at = folder();
+        std::fs::write(at.path().join("base.raw"), vec![0x5a; 1 << 20]).expect("room");
+        let create =
+            ["create", "-q", "-f", format, "-o", "copy_on_read=on", "-b", "base.raw", "-F", "raw", "w.img"];
+        readonce(at.path(), &create).ok();
+        let serving = Serving::start(at.path(), &["-k", "s", "w.img"]);
+        let before = std::fs::read(at.path().join("w.img")).expect("the image");
+        let read = ["-c", "read -P 0x5a 0 64k", "w.img"];
+        readonce(at.path(), &[&["io", "-r"][..], &read].concat()).fails(1, "lock");
+        readonce(at.path(), &[&["io", "-U", "-r"][..], &read].concat()).ok();
+        let words = "w.img: force-share=on can only be used with read-only images";
+        readonce(at.path(), &[&["io", "-U"][..], &read].concat()).fails(1, words);
+        readonce(at.path(), &[&["io", "-C", "-U", "-r"][..], &read].concat()).fails(1, words);
+        assert!(std::fs::read(at.path().join("w.img")).expect("the image") == before, "{format}");
+        serving.end_by(libc::SIGTERM).ok();
+    }
+}
