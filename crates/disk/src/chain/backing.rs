@@ -251,6 +251,16 @@ impl Step {
         if step.is_refused(shared) {
             return Ok(Some(offline(&self.locator)));
         }
+        if let (Locator::Http(_), Locator::File(path), None) =
+            (&step.locator, &self.locator, &description.pin)
+        {
+            shared.warn(format!(
+                "{0} pins no version of {1}: bytes of two may meet above it if that file changes while nobody uses it (readonce io -c quit \
+                 {0} pins it)",
+                path.display(),
+                step.locator.printable()
+            ));
+        }
         Ok(Some(step.lazy(shared) as Arc<dyn Source>))
     }
 }

@@ -6,7 +6,7 @@ use readonce_format::{
     Driver, Mapper,
     driver::{Description, Pin},
 };
-use readonce_origin::{Locator, Origin, OriginOptions, Pinned};
+use readonce_origin::{Locator, Origin, OriginOptions, Pinned, Reach};
 use readonce_storage::{OpenMode, ReadAt, Rt, lock::Access};
 
 use super::{CHAIN_DEPTH_MAX, ChainOptions, Held, Locks, OpenError, driver_of, files, versions};
@@ -99,7 +99,9 @@ async fn open_layer(
     let failed = |cause: String| OpenError::new(&name, cause);
     let _lock = lock_for_reading(&locator, options, rt).await.map_err(|error| failed(error.to_string()))?;
     let own = expect.as_ref().map(|expect| expect.own.clone());
-    let origin_options = OriginOptions { expect: own, ..options.origin.clone() };
+    // Of a raw file no more than its length is needed, which the pin tells. What else must be read is there, or the chain cannot be told.
+    let reach = if format == Some("raw") { options.origin.reach } else { Reach::Required };
+    let origin_options = OriginOptions { expect: own, reach, ..options.origin.clone() };
     let origin = options
         .places
         .origin(&locator, &origin_options, rt)

@@ -3,7 +3,7 @@
 //! - The top may be open for writing or filling; a lower local image too, where it has copy-on-read of its own. Everything
 //!   else is read-only.
 //! - The direct backing is tried at once, so that a person hears of trouble early; whatever is behind it is opened when it
-//!   is first needed. An image that knows its backing's version opens without it.
+//!   is first needed. An image that knows its backing's version opens without it: one that is far away is tried behind it.
 //! - An image names its backing, but the user's policy decides whether that is opened (I8).
 //!
 //! Here: what is asked and what is answered. `top` opens an image to be used, `backing` what lies behind one,
@@ -160,6 +160,8 @@ struct Shared {
     locks: parking_lot::Mutex<Vec<Held>>,
     /// Origins that were opened, for their counters.
     origins: parking_lot::Mutex<Vec<Arc<dyn readonce_origin::Origin>>>,
+    /// The chain is used no more.
+    ended: tokio::sync::watch::Sender<bool>,
 }
 
 impl Chain {
@@ -178,6 +180,7 @@ impl Chain {
     /// # Errors
     /// The first failure; the others are reported as warnings.
     pub async fn close(&self, wait_max: Duration) -> Result<(), LayerError> {
+        self.shared.ended.send_replace(true);
         let mut first = Ok(());
         let mut closed_count = 0;
         // What the top's last fetches open while it is closed is closed as well.
@@ -195,7 +198,17 @@ impl Chain {
     }
 }
 
+impl Drop for Chain {
+    fn drop(&mut self) {
+        self.shared.ended.send_replace(true);
+    }
+}
+
 impl Shared {
+    fn warn_of_what_is_away(&self, error: &LayerError) {
+        self.warn(format!("{error}; what is local can be read, the rest cannot"));
+    }
+
     fn warn(&self, text: impl Into<String>) {
         (self.report)(Report::Warning(text.into()));
     }

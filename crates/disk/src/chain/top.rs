@@ -4,9 +4,12 @@
 //!   with a warning and reads pass through.
 //! - Before anything is written, the image is pinned to the version of its backing (I6). A local image as a backing
 //!   is not pinned: filling it changes its file, not what it shows.
+//! - A backing far away whose version is pinned is asked behind the image, which is used meanwhile: what is local waits for nobody,
+//!   and no byte of the backing counts before its version was compared.
 
-use std::{io, sync::Arc};
+use std::{io, pin::pin, sync::Arc};
 
+use futures_util::future::{Either, select};
 use readonce_format::{
     Driver, Mapping,
     driver::{Description, Repair},
@@ -25,7 +28,7 @@ use super::{
     layers::lock_for_reading,
     versions,
 };
-use crate::{Base, Disk, Image, ImageFiles, ImageOptions, Indexed, LayerError, Source, Top};
+use crate::{Base, Disk, Image, ImageFiles, ImageOptions, Indexed, LayerError, Lazy, Source, Top};
 
 /// Opens the chain whose top is at `name`.
 ///
@@ -42,6 +45,7 @@ pub async fn open(name: &str, options: ChainOptions, rt: Rt, report: Reporter) -
         images: Default::default(),
         locks: Default::default(),
         origins: Default::default(),
+        ended: tokio::sync::watch::Sender::new(false),
     });
     let top = Opening { shared: Arc::clone(&shared), locator }.open().await?;
     Ok(Chain { disk: Arc::new(Disk::new(top, read_only)), shared })
@@ -286,7 +290,7 @@ impl Opening {
         Ok(())
     }
 
-    /// What the image has behind it. Tried now; an image that knows its backing's version goes on without.
+    /// What the image has behind it. Tried now; an image that knows its backing's version goes on without, and waits for no network.
     async fn backing(
         &self,
         description: &Description,
@@ -303,22 +307,45 @@ impl Opening {
         if step.is_refused(&self.shared) {
             return Ok(Some(offline(&self.locator)));
         }
+        // Asked behind an image that knows the version; a file is there at once, and what is at hand was asked already.
+        let waits = matches!(step.locator, Locator::Http(_)) && step.at_hand.is_none();
         let lazy = step.lazy(&self.shared);
-        // The probe has its own limit; a format that must be read from an origin that is away would be tried for as long as
-        // a guest's read. A lock on the way may be on its own way out.
-        let limit = self.options().origin.probe_for.saturating_mul(2).saturating_add(lock::GOING_MAX);
-        let tried = match timeout(&self.shared.rt, limit, lazy.source()).await {
-            Ok(tried) => tried.map(|_| ()),
-            Err(_) => Err(LayerError::NoBacking(format!("{name}: its backing does not answer"))),
-        };
-        if let Err(error) = tried {
+        if waits && description.pin.is_some() {
+            self.try_behind(Arc::clone(&lazy));
+        } else if let Err(error) = tried(&lazy, &name, self.options(), &self.shared.rt).await {
             if description.pin.is_none() {
                 let cause = error.to_string();
                 return Err(self.failed(format!("Could not open backing file: {cause}")));
             }
-            self.shared.warn(format!("{error}; what is local can be read, the rest cannot"));
+            self.shared.warn_of_what_is_away(&error);
         }
         Ok(Some(Indexed::new(lazy)))
+    }
+
+    /// Tries the backing while the image is used already, so that a person hears of trouble early. Ends with the chain.
+    fn try_behind(&self, lazy: Arc<Lazy>) {
+        let (name, options) = (self.locator.printable(), self.options().clone());
+        let (rt, shared) = (Arc::clone(&self.shared.rt), Arc::downgrade(&self.shared));
+        let mut ended = self.shared.ended.subscribe();
+        self.shared.rt.spawn(Box::pin(async move {
+            let tried = pin!(tried(&lazy, &name, &options, &rt));
+            let ended = pin!(ended.wait_for(|ended| *ended));
+            if let Either::Left((Err(error), _)) = select(tried, ended).await
+                && let Some(shared) = shared.upgrade()
+            {
+                shared.warn_of_what_is_away(&error);
+            }
+        }));
+    }
+}
+
+/// Opens what is behind the image `name`. The probe has its own limit; a format that must be read from an origin that is away would
+/// be tried for as long as a guest's read. A lock on the way may be on its own way out.
+async fn tried(lazy: &Lazy, name: &str, options: &ChainOptions, rt: &Rt) -> Result<(), LayerError> {
+    let limit = options.origin.probe_for.saturating_mul(2).saturating_add(lock::GOING_MAX);
+    match timeout(rt, limit, lazy.source()).await {
+        Ok(tried) => tried.map(|_| ()),
+        Err(_) => Err(LayerError::NoBacking(format!("{name}: its backing does not answer"))),
     }
 }
 

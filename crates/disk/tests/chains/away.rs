@@ -1,10 +1,16 @@
 //! The origin cannot be reached.
 
-use readonce_disk::DeviceError;
+use readonce_disk::{
+    DeviceError,
+    chain::{TopOnly, open_layers},
+};
+use readonce_origin::Reach;
+use readonce_storage::TokioRuntime;
 use readonce_testkit::{Content, FaultyOrigin};
 
 use super::place::{
-    CLUSTER, LONG, Opened, Place, SHORT, above, clusters, content, filled_from, impatient, options, serve,
+    CLUSTER, LONG, Opened, Place, SHORT, Spec, above, clusters, content, filled_from, impatient, options,
+    serve,
 };
 
 const SIZE: u64 = 8 * CLUSTER;
@@ -38,7 +44,7 @@ async fn what_is_local_works_and_a_flush_passes_when_the_origin_is_back() {
     let (origin, content) = left_alone(&place).await;
     let mut guest = content.bytes(0..SIZE).to_vec();
     let opened = place.open("top.qed", impatient()).await;
-    let warnings = opened.warnings();
+    let warnings = opened.warned().await;
     assert!(
         matches!(&warnings[..], [one] if one.contains("the backing cannot be reached now")),
         "{warnings:?}"
@@ -124,6 +130,27 @@ async fn close_saves_what_it_can_when_the_origin_comes_back_meanwhile() {
     let mut guest = content.bytes(0..SIZE).to_vec();
     guest[3 * CLUSTER as usize + 512..][..1024].fill(3);
     place.check_with_qemu("top.qed", &content, &guest).await;
+}
+
+/// `map` and `info --backing-chain` waited for ten minutes, and said nothing until then.
+#[tokio::test]
+async fn a_chain_that_is_looked_at_needs_the_tables_of_a_backing_at_once() {
+    let place = Place::new();
+    let far = Place::new();
+    far.create("far.qed", Spec { backing: None, ..above("", "", SIZE) }).await;
+    let origin = serve(&Content::Given(far.bytes_of("far.qed"))).await;
+    place.create("top.qed", filled_from(&origin.url(), "qed", SIZE)).await;
+    place.open("top.qed", options()).await.close().await;
+    origin.vanish().await;
+    let mut options = options();
+    options.origin.reach = Reach::Preferred;
+    let name = place.path("top.qed");
+    let rt = TokioRuntime::current();
+    let layers = open_layers(name.to_str().expect("text"), &options, TopOnly::No, &rt);
+    let layers =
+        tokio::time::timeout(std::time::Duration::from_secs(20), layers).await.expect("not for an hour");
+    let error = layers.map(|_| ()).expect_err("nobody answers").to_string();
+    assert!(error.contains("given up after"), "{error}");
 }
 
 #[tokio::test]

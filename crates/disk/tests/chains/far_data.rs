@@ -129,7 +129,7 @@ async fn a_changed_data_file_is_not_mixed_in() {
     // While it is not.
     let opened = place.open("top.qcow2", options()).await;
     assert!(opened.read(0..HALF).await[..] == far.shown[..HALF as usize]);
-    let warnings = opened.warnings();
+    let warnings = opened.warned().await;
     assert!(matches!(&warnings[..], [one] if one.contains("the file changed")), "{warnings:?}");
     check_refused(Ok::<_, String>(opened), "the file changed since this image was made").await;
     let repin = ChainOptions { on_change: OnChange::Repin, ..options() };

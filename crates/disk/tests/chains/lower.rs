@@ -46,8 +46,8 @@ async fn a_qed_backing_that_is_away_holds_up_no_open() {
     // Patient for an hour once it is open, but not before.
     let opened = tokio::time::timeout(Duration::from_secs(20), place.open("top.qed", options())).await;
     let opened = opened.expect("it opens without its backing");
-    assert!(!opened.warnings().is_empty());
     assert!(opened.read(0..CLUSTER).await[..] == [1; CLUSTER as usize]);
+    opened.warned().await;
     let (read, back) = tokio::join!(opened.read(0..SIZE), origin.come_back());
     back.expect("its port is free");
     assert!(read[CLUSTER as usize..].iter().all(|byte| *byte == 0));
@@ -145,6 +145,25 @@ async fn a_raw_file_that_is_told_by_its_bytes_is_pinned() {
         assert!(error.contains("length was"), "{error}");
         opened.close().await;
     }
+}
+
+/// The image above it was filled from one version today and from another tomorrow, and nobody could have told.
+#[tokio::test]
+async fn a_lower_image_that_pins_no_version_is_told() {
+    let place = Place::new();
+    let origin = serve(&content(1, SIZE)).await;
+    place.create("middle.qed", above(&origin.url(), "raw", SIZE)).await;
+    place.create("top.qed", above("middle.qed", "qed", SIZE)).await;
+    let opened = place.open("top.qed", options()).await;
+    let warnings = opened.warnings();
+    let says = |text: &String| text.contains("middle.qed pins no version") && text.contains(&origin.url());
+    assert!(matches!(&warnings[..], [one] if says(one)), "{warnings:?}");
+    opened.close().await;
+    // What it advises helps.
+    place.open("middle.qed", options()).await.close().await;
+    let opened = place.open("top.qed", options()).await;
+    assert_eq!(opened.warnings(), Vec::<String>::new());
+    opened.close().await;
 }
 
 /// While nobody answers, readers share an attempt: were each to make its own in turn, the last of many would wait for all.

@@ -3,7 +3,7 @@
 //! - `place`: a folder of images, and a chain opened from it. `model`: what a disk must read as. `qemu`: the oracle.
 //! - `fills`: one operation, the image before and after it, and what the origin was asked. `shapes`: chains of every shape
 //!   against the model. `turns`: QEMU and readonce use one image in turn.
-//! - `versions`, `away`, `wrong`: the backing changes, cannot be reached, answers wrong. `policy`: what is not opened.
+//! - `versions`, `away`, `behind`, `wrong`: the backing changes, cannot be reached, has not answered yet, answers wrong. `policy`: what is not opened.
 //! - `lower`: what is special below the top. `locks`, `mounts`: other users of the image, and file systems that are full or read-only.
 //! - `far_data`: the data file of an image that lies behind a URL.
 //! - `qcow2`: what only qcow2 has: compressed clusters, data files, snapshots, marks.
@@ -13,6 +13,7 @@
 #![allow(clippy::disallowed_methods, reason = "tests run on the real clock")]
 
 mod away;
+mod behind;
 mod far_data;
 mod fills;
 mod locks;

@@ -277,6 +277,14 @@ impl Opened {
         self.chain.close(wait_max).await
     }
 
+    /// The warnings, once there are any: an origin is asked behind the image.
+    pub async fn warned(&self) -> Vec<String> {
+        while self.warnings().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        self.warnings()
+    }
+
     pub fn warnings(&self) -> Vec<String> {
         let reports = self.reports.lock();
         let warnings = reports.iter().filter_map(|report| match report {

@@ -60,7 +60,7 @@ async fn refuse_gives_what_is_local_and_says_why() {
     let (origin, old, _) = changed(&place).await;
     let opened = place.open("top.qed", options()).await;
     let words = "the file changed since this image was made: ";
-    let warnings = opened.warnings();
+    let warnings = opened.warned().await;
     assert!(matches!(&warnings[..], [one] if one.contains(words) && one.contains("\"v2\"")), "{warnings:?}");
     check_only_local_reads(&opened, &old, words).await;
     check_close_names_the_rest(&place, opened).await;
