@@ -159,6 +159,10 @@ impl Leaf {
         Ok(())
     }
 
+    pub(crate) fn may_read_now(&self, from: u64) -> bool {
+        self.data.may_read_now(from)
+    }
+
     pub(crate) fn read_now(&self, from: u64, buf: &mut [u8]) -> Option<Result<(), LayerError>> {
         Some(self.data.read_now(from, buf)?.map_err(LayerError::from))
     }
@@ -213,6 +217,15 @@ impl Source for Base {
             done += extent.len as usize;
         }
         Some(Ok(()))
+    }
+
+    fn may_read_now(&self, offset: u64) -> bool {
+        let Some(extent) = self.mapper.lookup_now(offset, 1) else { return false };
+        match (extent.map(|extent| extent.mapping), &self.backing) {
+            (Ok(Mapping::Data(from) | Mapping::Shared(from)), _) => self.leaf.may_read_now(from),
+            (Ok(Mapping::Absent), Some(backing)) => backing.may_read_now(offset),
+            _ => true,
+        }
     }
 
     fn fetch<'a>(

@@ -325,6 +325,14 @@ impl Source for Image {
         self.read_local(offset, buf)
     }
 
+    fn may_read_now(&self, offset: u64) -> bool {
+        let Some(extent) = self.mapper.lookup_now(offset, 1) else { return false };
+        match (extent.map(|extent| extent.mapping), &self.backing) {
+            (Ok(Mapping::Absent), Some(backing)) => !self.copy_on_read() && backing.may_read_now(offset),
+            _ => true,
+        }
+    }
+
     fn fetch<'a>(
         &'a self,
         range: Range<u64>,

@@ -201,6 +201,15 @@ impl Source for Indexed {
         Some(Ok(()))
     }
 
+    fn may_read_now(&self, offset: u64) -> bool {
+        let Some(found) = self.known(&(offset..offset + 1)) else { return self.source.may_read_now(offset) };
+        match found.place {
+            Place::Zero | Place::Compressed(..) => true,
+            Place::Data(leaf, from) => leaf.may_read_now(from),
+            Place::Behind(source) => source.may_read_now(offset),
+        }
+    }
+
     fn fetch<'a>(
         &'a self,
         range: Range<u64>,

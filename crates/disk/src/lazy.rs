@@ -71,6 +71,10 @@ impl Source for Lazy {
         self.source.get()?.read_now(offset, buf)
     }
 
+    fn may_read_now(&self, offset: u64) -> bool {
+        self.source.get().is_some_and(|source| source.may_read_now(offset))
+    }
+
     fn fetch<'a>(
         &'a self,
         range: Range<u64>,

@@ -332,6 +332,10 @@ impl Origin for Pieces {
         }
     }
 
+    fn may_read_now(&self, offset: u64) -> bool {
+        matches!(self.state.lock().blocks.get(&(offset / BLOCK_BYTES)), Some(Block::Here { .. }))
+    }
+
     fn name(&self) -> String {
         self.origin.name()
     }

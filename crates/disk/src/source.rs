@@ -18,6 +18,11 @@ pub trait Source: Send + Sync + 'static {
     /// Fills `buf` from `offset` if that needs no waiting. The range lies inside the source.
     fn read_now(&self, offset: u64, buf: &mut [u8]) -> Option<Result<(), LayerError>>;
 
+    /// Whether [`Source::read_now`] from `offset` on may give bytes: asked, without I/O, before a large buffer is made for it.
+    fn may_read_now(&self, _offset: u64) -> bool {
+        true
+    }
+
     /// Fetches `range`, which lies inside the source.
     fn fetch<'a>(
         &'a self,

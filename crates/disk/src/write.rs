@@ -197,7 +197,8 @@ impl Image {
     fn merge_now(&self, unit: u64, from: u64, piece: &[u8]) -> Option<Bytes> {
         let start = unit * self.unit;
         let (backing, end) = (self.backing.as_ref()?, self.backing_end_known()?);
-        if self.unit > MERGE_BYTES_MAX {
+        // Over a network a whole unit would be zeroed for nothing, at each write into a part of one.
+        if self.unit > MERGE_BYTES_MAX || (start < end && !backing.may_read_now(start)) {
             return None;
         }
         let mut merged = BytesMut::zeroed(self.unit as usize);

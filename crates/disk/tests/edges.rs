@@ -2,11 +2,20 @@
 
 mod support;
 
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use readonce_disk::{BlockDevice, Disk, Image, LayerError, Lazy, Source, StatusExtent, Top, ZeroMode};
+use readonce_disk::{
+    BlockDevice, Disk, Image, Indexed, LayerError, Lazy, Source, StatusExtent, Top, ZeroMode,
+};
 use readonce_origin::{Class, Sink};
 use readonce_storage::{
     BoxFuture, SimFile, Storage,
@@ -107,6 +116,60 @@ impl Source for AtHand {
     fn status(&self, _: u64, _: u64, _: usize) -> BoxFuture<'_, Result<Vec<StatusExtent>, LayerError>> {
         no_backing()
     }
+}
+
+/// A backing far away, which counts who asks it for bytes at once all the same.
+#[derive(Default)]
+struct Far {
+    asked: AtomicUsize,
+}
+
+impl Source for Far {
+    fn size(&self) -> BoxFuture<'_, Result<u64, LayerError>> {
+        Box::pin(std::future::ready(Ok(SIZE)))
+    }
+    fn read_now(&self, _: u64, _: &mut [u8]) -> Option<Result<(), LayerError>> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        None
+    }
+    fn may_read_now(&self, _: u64) -> bool {
+        false
+    }
+    fn fetch<'a>(
+        &'a self,
+        range: Range<u64>,
+        _: Class,
+        sink: Sink<'a>,
+    ) -> BoxFuture<'a, Result<(), LayerError>> {
+        sink(range.start, vec![3; (range.end - range.start) as usize].into());
+        Box::pin(std::future::ready(Ok(())))
+    }
+    fn status(&self, _: u64, _: u64, _: usize) -> BoxFuture<'_, Result<Vec<StatusExtent>, LayerError>> {
+        no_backing()
+    }
+}
+
+/// Each write into a part of a cluster would zero a buffer of a whole cluster, up to 256 KiB, for a backing that has nothing at hand.
+#[test]
+fn a_backing_far_away_is_not_asked_for_what_it_cannot_have_at_hand() {
+    let (exec, far) = (Exec::new(1), Arc::new(Far::default()));
+    let (inner, below) = (Arc::clone(&exec), Arc::clone(&far));
+    exec.run(async move {
+        let storage: Arc<dyn Storage> = Arc::new(SimFile::new());
+        QED.create(&storage, SIZE).await;
+        let opened = Arc::clone(&below) as Arc<dyn Source>;
+        let lazy = Lazy::new(Box::new(move || Box::pin(std::future::ready(Ok(Arc::clone(&opened))))));
+        let image = QED.open(storage, Indexed::new(Arc::new(lazy)), &inner, filling(true)).await;
+        image.read(0, 1).await.expect("fetched");
+        let before = below.asked.load(Ordering::Relaxed);
+        for unit in 1..5 {
+            image.write(unit * CLUSTER + 512, Bytes::from(vec![7; 512])).await.expect("absorbed");
+        }
+        assert_eq!(below.asked.load(Ordering::Relaxed), before);
+        image.flush().await.expect("the rest is fetched");
+        let bytes = image.read(CLUSTER, 2048).await.expect("it reads");
+        assert_eq!((bytes[0], bytes[512], bytes[1024]), (3, 7, 3));
+    });
 }
 
 /// Writes into parts of absent units above a local file: the rest is read at once, and no task or entry is needed for it.

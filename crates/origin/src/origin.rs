@@ -94,6 +94,11 @@ pub trait Origin: ReadAt {
         self.fetch(range, class, sink)
     }
 
+    /// Whether [`ReadAt::read_now`] from `offset` on may give bytes: asked, without I/O, before a large buffer is made for it.
+    fn may_read_now(&self, _offset: u64) -> bool {
+        true
+    }
+
     /// Name to print: no user, password or signature in it.
     fn name(&self) -> String;
 

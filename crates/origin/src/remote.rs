@@ -186,6 +186,10 @@ impl Origin for HttpOrigin {
         Box::pin(self.fetch_range(range, class, sink))
     }
 
+    fn may_read_now(&self, _offset: u64) -> bool {
+        false
+    }
+
     fn name(&self) -> String {
         self.remote.name.clone()
     }
