@@ -3,7 +3,8 @@
 //! - One task. It reads many requests at once, tries each inline, and sends many replies at once; data already local
 //!   goes from the device into the place right behind its reply's header, and nothing is allocated on the way.
 //! - What cannot be done inline becomes a task (`job`). At most `IN_FLIGHT_MAX` of them and `IN_FLIGHT_BYTES_MAX`, data not yet
-//!   sent included; beyond that nothing is read from the socket, so the client feels it.
+//!   sent included; beyond that, and while all connections together hold what they may (`pool`), nothing is read from the socket, so
+//!   the client feels it.
 //! - Requests are taken in order, replies go out as they come. A batch is bounded, so completions get out in between.
 //! - An error answers its request. Only broken framing ends the connection.
 //!
@@ -34,6 +35,7 @@ use super::{
     inbox::Inbox,
     job::{Completion, Job, Mailbox, Outcome, Ticket},
     outbox::Outbox,
+    pool::{Held, OWN_BYTES_MAX, Pool},
     request::{Command, Refusal, Terms, check, status_payload, status_range},
     status::Query,
     wire::{Done, Headers, PAYLOAD_LEN_MAX, Request},
@@ -81,6 +83,8 @@ pub(super) struct Setup {
     pub headers: Headers,
     pub contexts: Contexts,
     pub mailbox: Arc<Mailbox>,
+    /// What all connections share.
+    pub pool: Arc<Pool>,
     /// Where tasks are started.
     pub tasks: TaskTracker,
     /// How long an ending connection waits for its requests and its client.
@@ -93,6 +97,8 @@ pub(super) struct Connection<S> {
     outbox: Outbox,
     setup: Setup,
     jobs: Jobs,
+    /// Room of the pool for the request that is taken next.
+    next: Held,
     /// Payload that is thrown away, and the refusal that answers it then.
     discard: Option<Discard>,
     /// Nothing more is read; why.
@@ -132,6 +138,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             outbox: Outbox::default(),
             setup,
             jobs: Jobs::default(),
+            next: Held::default(),
             discard: None,
             closing: None,
             drain: None,
@@ -162,6 +169,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 Poll::Pending => false,
             };
             let mut is_reading = false;
+            let full = if let Step::InFlightFull(len) = step { Some(len) } else { None };
             match step {
                 Step::Taken => continue,
                 _ if self.closing.is_some() => {}
@@ -187,7 +195,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             // Registered first, looked at after: what comes in between wakes us.
             self.setup.mailbox.waker.register(cx.waker());
             let is_stop_new = is_reading && self.setup.mailbox.is_stopping();
-            if !self.setup.mailbox.has_completions() && !is_stop_new {
+            let is_room_new = self.closing.is_none() && full.is_some_and(|len| self.has_room(len));
+            if !self.setup.mailbox.has_completions() && !is_stop_new && !is_room_new {
                 return Poll::Pending;
             }
         }
@@ -215,15 +224,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.setup.mailbox.collect(&mut completions);
         for completion in completions.drain(..) {
             self.jobs.end(&completion);
-            let Completion { cookie, offset, len, outcome, .. } = completion;
+            let Completion { cookie, offset, len, held, outcome, .. } = completion;
             match outcome {
                 Outcome::Done => self.done(cookie, offset, Done::Other),
                 Outcome::Data(data) => {
                     let len = u32::try_from(data.len()).expect("a read is at most PAYLOAD_LEN_MAX");
                     self.outbox.push(self.setup.headers.data_header(cookie, offset, len).bytes());
-                    self.outbox.push_shared(data);
+                    self.outbox.push_shared(data, held);
                 }
-                Outcome::Chunks(chunks) => self.outbox.push_shared(chunks),
+                Outcome::Chunks(chunks) => self.outbox.push_shared(chunks, held),
                 Outcome::Failed { errno, text } => self.fail(cookie, offset, len, errno, &text),
                 Outcome::Abandoned => {
                     self.send_error(cookie, offset, Errno::Io, "the request was abandoned");
@@ -339,6 +348,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         if is_inline {
             match self.setup.device.write_now(request.offset, data) {
                 Some(Ok(())) => {
+                    self.next = Held::default();
                     self.inbox.consume(header_len + len);
                     if fua {
                         return self.start(request, Job::Flush, 0);
@@ -346,6 +356,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                     return self.answer(request, Outcome::Done);
                 }
                 Some(Err(error)) => {
+                    self.next = Held::default();
                     self.inbox.consume(header_len + len);
                     return self.answer(request, Outcome::failed(&error));
                 }
@@ -469,10 +480,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.setup.headers.error(cookie, offset, errno.number(), text, &mut |bytes| outbox.push(bytes));
     }
 
-    /// Whether one more task with `len` bytes of payload may start. A connection that holds nothing may start any.
-    fn has_room(&self, len: usize) -> bool {
+    /// Whether one more task with `len` bytes of payload may start: then room for it is taken. A connection that holds nothing may
+    /// start any, once the others leave room.
+    fn has_room(&mut self, len: usize) -> bool {
         let held = self.jobs.charge + self.outbox.shared_len();
-        self.jobs.count < IN_FLIGHT_MAX && (held == 0 || held + len <= IN_FLIGHT_BYTES_MAX)
+        if self.jobs.count >= IN_FLIGHT_MAX || (held > 0 && held + len > IN_FLIGHT_BYTES_MAX) {
+            return false;
+        }
+        let want = if held + len <= OWN_BYTES_MAX { 0 } else { len };
+        if self.next.len() >= want {
+            return true;
+        }
+        self.next = Held::default();
+        match self.setup.pool.take(want, &self.setup.mailbox) {
+            Some(room) => self.next = room,
+            None => return false,
+        }
+        true
     }
 
     fn start(&mut self, request: &Request, job: Job, charge: usize) -> Step {
@@ -484,6 +508,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             len: request.len,
             slot,
             charge,
+            held: std::mem::take(&mut self.next),
             is_open: true,
         };
         let may_abort = job.changes_nothing();

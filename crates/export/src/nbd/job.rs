@@ -18,6 +18,7 @@ use readonce_disk::{BlockDevice, DeviceError, ZeroMode};
 
 use super::{
     errno::{Errno, device_errno},
+    pool::Held,
     status::Query,
 };
 
@@ -119,6 +120,8 @@ pub(super) struct Completion {
     pub slot: usize,
     /// Bytes that were counted as in flight for it.
     pub charge: usize,
+    /// Those of them that are of the pool.
+    pub held: Held,
     pub outcome: Outcome,
 }
 
@@ -173,6 +176,7 @@ pub(super) struct Ticket {
     pub len: u64,
     pub slot: usize,
     pub charge: usize,
+    pub held: Held,
     pub is_open: bool,
 }
 
@@ -189,6 +193,7 @@ impl Ticket {
             len: self.len,
             slot: self.slot,
             charge: self.charge,
+            held: std::mem::take(&mut self.held),
             outcome,
         });
     }

@@ -4,6 +4,7 @@
 //! - `request`: which requests are refused, and how; pure. `status`: extents into block status chunks; pure.
 //! - `handshake`: fixed newstyle option haggling. `contexts`: the metadata contexts.
 //! - `inbox`, `outbox`: the bytes received and to be sent. `job`: a request that has to wait.
+//! - `pool`: what all connections together may hold.
 //! - `connection`: one client in the transmission phase. `server`: all of them. `listener`: where they come from.
 //!
 //! The protocol is <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>, and for extended headers the same file
@@ -17,6 +18,7 @@ mod inbox;
 mod job;
 mod listener;
 mod outbox;
+mod pool;
 mod request;
 mod server;
 mod status;

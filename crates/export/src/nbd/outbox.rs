@@ -17,6 +17,8 @@ use std::{
 use bytes::Bytes;
 use tokio::io::AsyncWrite;
 
+use super::pool::Held;
+
 /// Bytes in the buffer from which on it must be sent first: as many as a Unix socket takes in one piece of memory. The client
 /// works on them while the next are read; sent all at once, 32 replies of 4 KiB took twice as long.
 const BATCH_LEN: usize = 32 << 10;
@@ -42,7 +44,9 @@ struct Shared {
     /// What is left to send of it.
     bytes: Bytes,
     /// Bytes that it holds until all of them are sent.
-    held: usize,
+    len: usize,
+    /// Those of them that are of the pool.
+    _held: Held,
 }
 
 impl Outbox {
@@ -85,11 +89,11 @@ impl Outbox {
         self.commit(bytes.len());
     }
 
-    /// Adds `bytes` without copying them.
-    pub fn push_shared(&mut self, bytes: Bytes) {
+    /// Adds `bytes` without copying them; `held` is let go once they are sent.
+    pub fn push_shared(&mut self, bytes: Bytes, held: Held) {
         if !bytes.is_empty() {
             self.shared_len += bytes.len();
-            self.shared.push_back(Shared { at: self.len, held: bytes.len(), bytes });
+            self.shared.push_back(Shared { at: self.len, len: bytes.len(), bytes, _held: held });
         }
     }
 
@@ -156,7 +160,7 @@ impl Outbox {
             bytes::Buf::advance(&mut shared.bytes, step);
             count -= step;
             if shared.bytes.is_empty() {
-                self.shared_len -= shared.held;
+                self.shared_len -= shared.len;
                 self.shared.pop_front();
             }
         }
@@ -214,7 +218,7 @@ mod tests {
                 let own = vec![round; usize::from(round) % 7];
                 let shared = vec![round ^ 0x80; usize::from(round) % 11];
                 outbox.push(&own);
-                outbox.push_shared(Bytes::from(shared.clone()));
+                outbox.push_shared(Bytes::from(shared.clone()), Held::default());
                 expected.extend(own.into_iter().chain(shared));
                 // One step in between, so that some are sent in part when more is put in.
                 let mut cx = Context::from_waker(std::task::Waker::noop());

@@ -2,7 +2,7 @@
 //!
 //! - A client that breaks the handshake, or takes too long for it, ends its own connection only.
 //! - At most `connections_max` connections; more wait to be accepted.
-//! - Connections share the device and a table that is touched when one comes or goes, nothing else.
+//! - Connections share the device, a table that is touched when one comes or goes, and room for large payloads (`pool`).
 //!
 //! Not here: the protocol.
 
@@ -34,6 +34,7 @@ use super::{
     inbox::Inbox,
     job::Mailbox,
     listener::Listener,
+    pool::Pool,
     wire::STRING_LEN_MAX,
 };
 
@@ -61,6 +62,8 @@ pub struct ServerOptions {
     pub shutdown_timeout: Duration,
     /// Connections at the same time; at least 1.
     pub connections_max: usize,
+    /// Bytes of payload that all connections hold at the same time, beside what little each has of its own; 32 MiB at least.
+    pub held_bytes_max: usize,
 }
 
 impl Default for ServerOptions {
@@ -72,6 +75,7 @@ impl Default for ServerOptions {
             handshake_timeout: Duration::from_secs(10),
             shutdown_timeout: Duration::from_secs(10),
             connections_max: 1024,
+            held_bytes_max: 512 << 20,
         }
     }
 }
@@ -103,6 +107,7 @@ struct Shared {
     tasks: TaskTracker,
     stop: CancellationToken,
     places: Arc<Semaphore>,
+    pool: Arc<Pool>,
     connections: Mutex<BTreeMap<u64, Entry>>,
     accepted: AtomicU64,
 }
@@ -121,12 +126,14 @@ impl Server {
             }
         }
         let places = Arc::new(Semaphore::new(options.connections_max.clamp(1, Semaphore::MAX_PERMITS)));
+        let pool = Pool::new(options.held_bytes_max);
         Ok(Self(Arc::new(Shared {
             device,
             options,
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
             places,
+            pool,
             connections: Mutex::default(),
             accepted: AtomicU64::new(0),
         })))
@@ -278,6 +285,7 @@ where
         headers: agreement.headers,
         contexts: agreement.contexts,
         mailbox,
+        pool: shared.pool.clone(),
         tasks: shared.tasks.clone(),
         drain_timeout: shared.options.shutdown_timeout,
     };

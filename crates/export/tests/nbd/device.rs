@@ -26,6 +26,8 @@ pub struct MemDevice {
     pub failure: Mutex<Option<fn() -> DeviceError>>,
     /// Waiting calls wait while it is true.
     gate: watch::Sender<bool>,
+    /// Cache requests wait while it is true, too.
+    cache_gate: watch::Sender<bool>,
     pub gauge: Gauge,
     pub live: Arc<Gauge>,
     pub caches: Mutex<Vec<(u64, u64)>>,
@@ -88,6 +90,7 @@ impl MemDevice {
             is_instant: AtomicBool::new(true),
             failure: Mutex::new(None),
             gate: watch::Sender::new(false),
+            cache_gate: watch::Sender::new(false),
             gauge: Gauge::default(),
             live: Arc::default(),
             caches: Mutex::default(),
@@ -107,6 +110,14 @@ impl MemDevice {
 
     pub fn release(&self) {
         self.gate.send_replace(false);
+    }
+
+    pub fn hold_caches(&self) {
+        self.cache_gate.send_replace(true);
+    }
+
+    pub fn release_caches(&self) {
+        self.cache_gate.send_replace(false);
     }
 
     pub fn contents(&self) -> Vec<u8> {
@@ -215,6 +226,8 @@ impl BlockDevice for MemDevice {
     fn cache(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), DeviceError>> {
         Box::pin(async move {
             let _counted = self.wait().await?;
+            let mut gate = self.cache_gate.subscribe();
+            gate.wait_for(|is_held| !is_held).await.expect("the sender is ours");
             self.caches.lock().push((offset, len));
             Ok(())
         })

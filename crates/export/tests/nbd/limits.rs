@@ -1,12 +1,15 @@
 //! What one connection may hold: requests in flight, their bytes, replies that nobody fetches.
 
+use std::time::Duration;
+
 use futures_util::future::join_all;
+use readonce_export::nbd::ServerOptions;
 use readonce_testkit::nbd_client::{Headers, NbdClient, RawRequest, command};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::{
     device::MemDevice,
-    rig::{Rig, pattern, until},
+    rig::{HEADERS, Rig, pattern, until},
 };
 
 const IN_FLIGHT_MAX: usize = 128;
@@ -105,6 +108,86 @@ async fn a_slow_reader_does_not_fill_the_memory() {
         }
         assert!(rig.device.live.max() <= IN_FLIGHT_BYTES_MAX, "{}", rig.device.live.max());
         until("all is let go", || rig.device.live.now() == 0).await;
+    }
+}
+
+/// A thousand clients, each with the 64 MiB that it may have in flight, could have made the server take all memory of the machine.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_slow_readers_together_do_not_fill_the_memory() {
+    const LEN: usize = 1 << 20;
+    const EACH: usize = 40;
+    const HELD_BYTES_MAX: usize = 64 << 20;
+    let data = pattern(9, LEN);
+    let options = ServerOptions { held_bytes_max: HELD_BYTES_MAX, ..ServerOptions::default() };
+    let rig = Rig::with(MemDevice::with(data.clone()).waiting(), options);
+    let mut request = 0x2560_9513_u32.to_be_bytes().to_vec();
+    request.extend([0; 20]);
+    request.extend(u32::try_from(LEN).unwrap().to_be_bytes());
+    let mut readers = Vec::new();
+    for _ in 0..4 {
+        let mut handshake = rig.handshake().await;
+        let go = readonce_testkit::nbd_client::go_data("", &[]);
+        handshake.option(readonce_testkit::nbd_client::option::GO, &go).await.unwrap();
+        let mut stream = handshake.into_stream();
+        stream.write_all(&request.repeat(EACH)).await.unwrap();
+        readers.push(stream);
+    }
+    until("as much is read as may be held", || rig.device.live.now() == HELD_BYTES_MAX).await;
+    // Small requests of others are served meanwhile, and large ones once there is room.
+    let other = rig.client(Headers::Simple).await;
+    for _ in 0..100 {
+        other.read(0, 4096).await.unwrap();
+    }
+    let large = tokio::spawn(async move { other.read(0, LEN).await });
+    let drained = readers.into_iter().map(async |mut stream| {
+        let mut reply = vec![0; 16 + LEN];
+        for _ in 0..EACH {
+            stream.read_exact(&mut reply).await.unwrap();
+            assert!(reply[16..] == data);
+        }
+        stream
+    });
+    // They stay connected to the end.
+    let readers = join_all(drained).await;
+    assert!(large.await.unwrap().unwrap() == data);
+    assert!(rig.device.live.max() <= HELD_BYTES_MAX + (128 << 10), "{}", rig.device.live.max());
+    until("all is let go", || rig.device.live.now() == 0).await;
+    drop(readers);
+}
+
+/// Where one task has ended, a connection stands back for others that are about to: a reply would have stayed where it was, were one
+/// of the others to take a day.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reply_does_not_wait_for_requests_that_go_on_waiting() {
+    const COUNT: usize = 100;
+    let data = pattern(3, COUNT * 4096);
+    for headers in HEADERS {
+        let rig = Rig::new(MemDevice::with(data.clone()).waiting());
+        rig.device.hold_caches();
+        let client = rig.client(headers).await;
+        let waits = {
+            let client = client.clone();
+            tokio::spawn(async move { client.cache(0, 4096).await })
+        };
+        until("it waits", || rig.device.gauge.now() == 1).await;
+        // One alone, then as many as end at the same time.
+        for count in [1, 2, COUNT] {
+            rig.device.hold();
+            let reads = (0..count).map(|at| {
+                let client = client.clone();
+                tokio::spawn(async move { client.read(at as u64 * 4096, 4096).await })
+            });
+            let reads: Vec<_> = reads.collect();
+            until("all wait", || rig.device.gauge.now() == 1 + count).await;
+            rig.device.release();
+            let replies = tokio::time::timeout(Duration::from_secs(30), join_all(reads)).await;
+            for (at, reply) in replies.expect("replies are left where they are").into_iter().enumerate() {
+                assert!(reply.unwrap().unwrap() == data[at * 4096..][..4096], "reply {at}");
+            }
+        }
+        assert!(!waits.is_finished());
+        rig.device.release_caches();
+        waits.await.unwrap().unwrap();
     }
 }
 
