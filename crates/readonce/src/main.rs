@@ -138,7 +138,7 @@ fn main() -> ExitCode {
     };
     cli.command.prepare();
     let mut builder = tokio::runtime::Builder::new_multi_thread();
-    // Asked now: the sandbox does not see the limits of cgroups.
+    // Asked now: in the sandbox not all that tells it can be read.
     if std::env::var_os("TOKIO_WORKER_THREADS").is_none()
         && let Ok(count) = std::thread::available_parallelism()
     {

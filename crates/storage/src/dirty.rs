@@ -6,10 +6,13 @@
 //!   half of what was left is for this file, the other half for all others. The kernel writes out by itself, long before.
 //! - Where nothing is left a writeback of this file is started, at most one at a time.
 //!
-//! Not here: the file (`local`), and the figures for the second rule, which stand there. Not known here: the limit of a memory
-//! cgroup.
+//! - The same for the memory cgroups (version 2) that this process is in, where they have a limit as it starts: the smallest room counts.
+//!
+//! Not here: the file (`local`), and the figures for the second rule, which stand there; `cgroup` reads the limits.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::cgroup;
 
 /// Bytes that may be dirty where the kernel does not tell its limit. Linux begins to stop writers at about 15 % of the free memory,
 /// 300 MB on a machine with 2 GB free.
@@ -54,6 +57,7 @@ impl Machine {
             Some(ceiling) => (ceiling - ceiling / 8).saturating_sub(dirty),
             None => LEFT_BYTES_UNKNOWN,
         };
+        let left = cgroup::of_this_process().left().map_or(left, |group| group.min(left));
         Self { dirty, left }
     }
 }

@@ -5,11 +5,12 @@
 //! - `local`: a file of this machine. `lock`: QEMU's image locks on it.
 //! - `engine`: how an operation that may wait is done. `ring`: the same, on io_uring.
 //! - `synced`: syncs of several tasks in order.
-//! - `dirty`: whether a write to a file would have to wait.
+//! - `dirty`: whether a write to a file would have to wait. `cgroup`: what memory cgroups say to that.
 //! - `sim`: a simulated disk with power loss. `sparse`: the bytes that it holds.
 //!
 //! Not here: formats, origins, anything that knows what the bytes mean.
 
+mod cgroup;
 mod dirty;
 mod engine;
 pub mod flat;

@@ -63,7 +63,10 @@ const LOOKED_UP: &[&str] = &[
     "/usr/lib",
     "/usr/lib64",
     "/nix/store",
+    // How much memory is left for writes, of the machine and of the groups of this process.
     "/proc/vmstat",
+    "/proc/self/cgroup",
+    "/sys/fs/cgroup",
 ];
 /// Variables that name certificates, or a file of ours.
 const VARIABLES: &[&str] =
