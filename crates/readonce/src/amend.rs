@@ -51,6 +51,7 @@ async fn help(args: &Args) -> Outcome {
 
 /// Runs it.
 pub async fn run(args: Args) -> Outcome {
+    options::check_lists(args.options.iter().map(String::as_str))?;
     let pairs = options::pairs(args.options.iter().map(String::as_str));
     if pairs.is_empty() {
         return Err(Failure::usage("amend", "Must specify options (-o)"));

@@ -75,6 +75,7 @@ pub struct Args {
 
 /// Runs it.
 pub async fn run(args: Args) -> Outcome {
+    options::check_lists(args.options.iter().map(String::as_str))?;
     let pairs = options::pairs(args.options.iter().map(String::as_str));
     let driver = readonce_format::driver::driver(&args.format);
     if pairs.iter().any(|(name, _)| name == "help" || name == "?") {

@@ -68,6 +68,11 @@ pub async fn run(args: Args) -> Outcome {
         ));
     }
     let held = look::hold(image, args.format.as_deref()).await?;
+    if let Some(format) = &args.backing_format
+        && readonce_format::driver::driver(format).is_none()
+    {
+        return Err(Failure::new(format!("Invalid format name: '{format}'")));
+    }
     let change = match name {
         "" => HeaderChange::Backing(None, None),
         name => to(&held, name, &args).await?,
@@ -89,9 +94,6 @@ async fn to(held: &Held, name: &str, args: &Args) -> Result<HeaderChange, Failur
     let Some(format) = args.backing_format.clone() else {
         return Err(not_changed(&printable, "backing format must be specified"));
     };
-    if readonce_format::driver::driver(&format).is_none() {
-        return Err(not_changed(&printable, format!("Unknown driver '{format}'")));
-    }
     if new.same_place(&held.locator) {
         return Err(not_changed(&printable, "the backing chain would have a loop"));
     }

@@ -78,9 +78,7 @@ pub async fn run(args: Args) -> Outcome {
     let [image, size] = args.words.as_slice() else {
         return Err(Failure::usage("resize", "Expecting image file name and size"));
     };
-    if args.preallocation != "off" {
-        return Err(Failure::new(format!("Unsupported preallocation mode '{}'", args.preallocation)));
-    }
+    check_preallocation(&args.preallocation)?;
     let relative = size.starts_with(['+', '-']);
     let amount = options::parameter_size("size", size.trim_start_matches(['+', '-']))?;
     let held = look::hold(image, args.format.as_deref()).await?;
@@ -95,12 +93,43 @@ pub async fn run(args: Args) -> Outcome {
     if size == 0 {
         return Err(Failure::new("New image size must be positive"));
     }
-    if size < now {
-        return Err(Failure::new(match args.shrink {
-            true => "Shrinking images is currently not supported",
-            false => SHRINK_NOT_ASKED,
-        }));
+    if size < now && !args.shrink {
+        return Err(Failure::new(SHRINK_NOT_ASKED));
     }
+    let told = ToldArgs { quiet: args.quiet, verbose: 0 };
+    grow(held, size, &Growing { image, policy: &args.policy, origin: &args.origin, told }).await?;
+    if !args.quiet {
+        stdout::line("Image resized.");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Nothing but `off` is supported; other words are told from modes.
+pub fn check_preallocation(mode: &str) -> Result<(), Failure> {
+    match mode {
+        "off" => Ok(()),
+        "metadata" | "falloc" | "full" => {
+            Err(Failure::new(format!("Unsupported preallocation mode '{mode}'")))
+        }
+        _ => Err(Failure::new(format!("Invalid preallocation mode '{mode}'"))),
+    }
+}
+
+/// An image that grows, and how its backing is asked what it would show there.
+pub struct Growing<'a> {
+    /// Its name.
+    pub image: &'a str,
+    /// What it may name.
+    pub policy: &'a PolicyArgs,
+    /// How origins are asked.
+    pub origin: &'a OriginArgs,
+    /// What is told meanwhile.
+    pub told: ToldArgs,
+}
+
+/// Makes an image `size` bytes long.
+pub async fn grow(held: Held, size: u64, growing: &Growing<'_>) -> Result<(), Failure> {
+    let now = held.description.virtual_size;
     if !size.is_multiple_of(SECTOR_BYTES) {
         match held.driver.name() {
             "qed" => return Err(Failure::new("Invalid image size specified")),
@@ -108,27 +137,28 @@ pub async fn run(args: Args) -> Outcome {
             _ => {}
         }
     }
+    if size < now {
+        return Err(Failure::new("Shrinking images is currently not supported"));
+    }
     grow_data_file(&held, size).await?;
     held.driver
         .change(&held.file, &HeaderChange::Size(size))
         .await
         .map_err(|error| Failure::new(error.to_string()))?;
-    if let Some(lost) = held.description.bitmaps_lost().filter(|_| !args.quiet && size > now) {
-        crate::report::warn(format!("{image}: {lost}"));
+    if let Some(lost) = held.description.bitmaps_lost().filter(|_| !growing.told.quiet && size > now) {
+        crate::report::warn(format!("{}: {lost}", growing.image));
     }
     if held.description.backing.is_some() && size > now {
         let format = held.driver.name();
         drop(held);
-        hide_backing(image, format, now, &args).await?;
+        hide_backing(format, now, growing).await?;
     }
-    if !args.quiet {
-        stdout::line("Image resized.");
-    }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// Makes what the backing would show from `old_size` on read as zeros.
-async fn hide_backing(image: &str, format: &str, old_size: u64, args: &Args) -> Result<(), Failure> {
+async fn hide_backing(format: &str, old_size: u64, growing: &Growing<'_>) -> Result<(), Failure> {
+    let Growing { image, policy, origin, told } = growing;
     let failed = |cause: String| {
         Failure::new(format!("the image was resized, but from {old_size} on its backing may show: {cause}"))
     };
@@ -136,12 +166,11 @@ async fn hide_backing(image: &str, format: &str, old_size: u64, args: &Args) -> 
     let options = ChainOptions {
         format: Some(format.to_owned()),
         copy_on_read: CopyOnRead::Off,
-        allow_backing: args.policy.allow(),
-        no_backing_files: args.policy.no_backing_files,
-        origin: args.origin.options(&[&locator])?,
+        allow_backing: policy.allow(),
+        no_backing_files: policy.no_backing_files,
+        origin: origin.options(&[&locator])?,
         ..ChainOptions::default()
     };
-    let told = ToldArgs { quiet: args.quiet, verbose: 0 };
     let chain =
         session::open(image, options, told.warnings()).await.map_err(|failure| failed(failure.text))?;
     let disk = chain.disk.clone();

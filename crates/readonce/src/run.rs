@@ -8,9 +8,9 @@ mod cache;
 mod command;
 mod image;
 
-use std::process::ExitCode;
+use std::{process::ExitCode, sync::Arc};
 
-use readonce_disk::chain::CopyOnRead;
+use readonce_disk::chain::{CopyOnRead, Report, Reporter};
 use readonce_export::nbd::Listener;
 
 use crate::{
@@ -72,7 +72,12 @@ pub async fn run(mut args: Args) -> Outcome {
     let opening = async {
         let image = image::choose(&name, &args).await?;
         args.chain.warn_of_unused(&image.top, image.options.format.as_deref()).await;
-        let chain = session::open(&image.top, image.options.clone(), args.told.reporter()).await?;
+        let (all, warned) = (args.told.reporter(), image.warned.clone());
+        let reporter: Reporter = Arc::new(move |report| match &report {
+            Report::Warning(text) if warned.contains(text) => {}
+            _ => all(report),
+        });
+        let chain = session::open(&image.top, image.options.clone(), reporter).await?;
         Ok((image, chain))
     };
     let (mut image, chain) = until_signal(&mut signals, opening).await?;

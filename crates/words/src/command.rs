@@ -24,6 +24,14 @@ pub struct Spec {
 /// The commands.
 pub const SPECS: &[Spec] = &[
     Spec {
+        names: &["abort"],
+        letters: "",
+        arguments_min: 0,
+        arguments_max: Some(0),
+        arguments: "",
+        help: "simulate a program crash using abort(3)",
+    },
+    Spec {
         names: &["aio_flush"],
         letters: "",
         arguments_min: 0,
@@ -54,6 +62,14 @@ pub const SPECS: &[Spec] = &[
         arguments_max: Some(2),
         arguments: "offset [count]",
         help: "checks if offset is allocated in the file",
+    },
+    Spec {
+        names: &["close", "c"],
+        letters: "",
+        arguments_min: 0,
+        arguments_max: Some(0),
+        arguments: "",
+        help: "close the current open file",
     },
     Spec {
         names: &["discard", "d"],
@@ -104,6 +120,14 @@ pub const SPECS: &[Spec] = &[
         help: "prints the allocated areas of a file",
     },
     Spec {
+        names: &["open", "o"],
+        letters: "rCsnkUt:d:i:o:",
+        arguments_min: 1,
+        arguments_max: None,
+        arguments: "[-rCU] [-o driver=FMT] path",
+        help: "open the file specified by path",
+    },
+    Spec {
         names: &["quit", "q"],
         letters: "",
         arguments_min: 0,
@@ -128,6 +152,14 @@ pub const SPECS: &[Spec] = &[
         help: "reads a number of bytes at a specified offset",
     },
     Spec {
+        names: &["reopen"],
+        letters: "rwc:o:",
+        arguments_min: 0,
+        arguments_max: None,
+        arguments: "[(-r|-w)]",
+        help: "reopens an image with new options",
+    },
+    Spec {
         names: &["sleep"],
         letters: "",
         arguments_min: 1,
@@ -136,8 +168,16 @@ pub const SPECS: &[Spec] = &[
         help: "waits for the given value in milliseconds",
     },
     Spec {
+        names: &["truncate", "t"],
+        letters: "m:",
+        arguments_min: 1,
+        arguments_max: Some(3),
+        arguments: "[-m prealloc_mode] off",
+        help: "truncates the current file at the given offset",
+    },
+    Spec {
         names: &["write", "w"],
-        letters: "CfnqruzP:s:",
+        letters: "cCfnqruzP:s:",
         arguments_min: 2,
         arguments_max: None,
         arguments: "[-Cfnqruz] [-P pattern | -s source_file] off len",
@@ -296,6 +336,13 @@ impl Spec {
     pub fn options_help(&self) -> impl Iterator<Item = String> {
         self.letters.chars().filter_map(|letter| {
             let meaning = match letter {
+                'C' if self.names[0] == "open" => "use copy-on-read",
+                'r' if self.names[0] == "open" => "open file read-only",
+                'U' => "with -r: also a file that is in use",
+                'r' if self.names[0] == "reopen" => "reopen the image read-only",
+                'o' if self.names[0] == "open" => "driver=FMT: its format",
+                'w' => "reopen the image to read and write",
+                'm' => "off: space for the new part is taken when it is written; nothing else is supported",
                 'C' => "print one line of figures, for programs",
                 'P' if self.names[0].ends_with("read") || self.names[0] == "readv" => {
                     "compare what was read with this byte"

@@ -28,6 +28,17 @@ pub fn pairs<'a>(lists: impl IntoIterator<Item = &'a str>) -> Vec<Pair> {
     pairs
 }
 
+/// Refuses a list that is empty, or begins or ends with a comma that parts nothing.
+pub fn check_lists<'a>(lists: impl IntoIterator<Item = &'a str>) -> Result<(), Refused> {
+    for list in lists {
+        let commas_behind = list.len() - list.trim_end_matches(',').len();
+        if list.is_empty() || list.starts_with(',') || commas_behind % 2 == 1 {
+            return Err(Refused(format!("Invalid option list: {list}")));
+        }
+    }
+    Ok(())
+}
+
 fn split(list: &str) -> Vec<String> {
     let mut options = Vec::new();
     let mut option = String::new();

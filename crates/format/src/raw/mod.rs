@@ -214,14 +214,15 @@ impl Driver for Raw {
         Box::pin(async move {
             match change {
                 HeaderChange::Size(size) => {
-                    let size = round_up(*size, SECTOR)
-                        .ok_or_else(|| FormatError::Invalid("Invalid image size specified".into()))?;
-                    if size < file.len() {
+                    size_of(*size)
+                        .map_err(|_| FormatError::Invalid("Invalid image size specified".into()))?;
+                    if *size < file.len() {
                         return Err(FormatError::Unsupported(
                             "Shrinking images is currently not supported".into(),
                         ));
                     }
-                    file.set_len(size).await?;
+                    // To the byte, as qemu-img: the guest sees whole sectors all the same.
+                    file.set_len(*size).await?;
                     Ok(file.sync().await?)
                 }
                 HeaderChange::CopyOnRead(_) => Err(FormatError::Unsupported(

@@ -2,7 +2,6 @@
 
 use std::{
     io::Read,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -10,6 +9,7 @@ use bytes::Bytes;
 use readonce_disk::{BlockDevice, DeviceError, Disk, ZeroMode, chain::driver_of};
 use readonce_words::command::{Refused, SPECS, Words};
 
+use super::device::Device;
 use crate::{chain_args::OriginArgs, failure::Failure, human, info, look, report, stdout};
 
 /// Bytes of one request to the disk; larger ones are parted, to bound memory.
@@ -32,17 +32,15 @@ pub enum Done {
     Quit,
 }
 
-/// Runs commands on a disk.
+/// Runs commands on the disk that is open.
 pub struct Machine {
-    /// The disk.
-    pub disk: Arc<Disk>,
-    /// The image at its top: as named, and its format where that was said.
-    pub image: (String, Option<String>),
+    /// What they work on.
+    pub device: Device,
 }
 
 impl Machine {
     /// Runs one line.
-    pub async fn run(&self, line: &str) -> Done {
+    pub async fn run(&mut self, line: &str) -> Done {
         let mut words = line.split_whitespace();
         let Some(name) = words.next() else { return Done::Well };
         let arguments: Vec<&str> = words.collect();
@@ -50,17 +48,30 @@ impl Machine {
             eprintln!("command \"{name}\" not found");
             return Done::Badly;
         };
+        if !self.device.is_open() && !matches!(spec.names[0], "open" | "help" | "quit" | "sleep" | "abort") {
+            eprintln!("no file open, try 'help open'");
+            return Done::Badly;
+        }
         let is_one_range = matches!(spec.names[0], "read" | "write" | "discard");
         let ran = match Words::parse(spec, &arguments) {
             Ok(words) if is_one_range && words.rest.len() > 2 => Err(Refused::Out(spec.usage())),
             Ok(words) => match spec.names[0] {
                 "quit" => return Done::Quit,
+                "abort" => {
+                    stdout::flush();
+                    std::process::abort()
+                }
+                "open" => self.device.open_typed(&words).await,
+                "close" => Ok(self.device.close().await),
+                "reopen" if !words.rest.is_empty() => Err(Refused::Out(spec.usage())),
+                "reopen" => Ok(self.device.reopen(&words).await),
+                "truncate" => self.device.truncate(&words).await,
                 "read" | "readv" | "aio_read" => self.read(&words).await,
                 "write" | "writev" | "aio_write" => self.write(&words, is_one_range).await,
                 "discard" => self.discard(&words).await,
-                "flush" => Ok(self.told(self.disk.flush().await, "flush")),
+                "flush" => Ok(self.told(self.disk().flush().await, "flush")),
                 "length" => {
-                    stdout::line(human::amount(self.disk.size()));
+                    stdout::line(human::amount(self.disk().size()));
                     Ok(Done::Well)
                 }
                 "info" => self.info().await,
@@ -99,6 +110,10 @@ impl Machine {
         }
     }
 
+    fn disk(&self) -> &Disk {
+        self.device.disk().expect("a command that needs an image is not run without one")
+    }
+
     fn told(&self, result: Result<(), DeviceError>, what: &str) -> Done {
         let Err(error) = result else { return Done::Well };
         let errno = match &error {
@@ -114,7 +129,7 @@ impl Machine {
 
     /// Whether the range lies inside the disk; what qemu-io says if not.
     fn inside(&self, offset: u64, len: u64, what: &str) -> bool {
-        let inside = offset.checked_add(len).is_some_and(|end| end <= self.disk.size());
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.disk().size());
         if !inside {
             stdout::line(format_args!("{what} failed: Input/output error"));
         }
@@ -122,10 +137,10 @@ impl Machine {
     }
 
     fn is_read_only(&self) -> bool {
-        if self.disk.read_only() {
+        if self.disk().read_only() {
             report::tell("Block node is read-only");
         }
-        self.disk.read_only()
+        self.disk().read_only()
     }
 
     async fn read(&self, words: &Words) -> Result<Done, Refused> {
@@ -147,7 +162,7 @@ impl Machine {
         let mut at = offset;
         while at < offset + len {
             let piece = (offset + len - at).min(PIECE_BYTES_MAX);
-            let data = match self.disk.read(at, usize::try_from(piece).expect("it is small")).await {
+            let data = match self.disk().read(at, usize::try_from(piece).expect("it is small")).await {
                 Ok(data) => data,
                 Err(error) => return Ok(self.told(Err(error), "read")),
             };
@@ -183,6 +198,10 @@ impl Machine {
                 "Only one of -z, -P, and -s can be specified at the same time".to_owned(),
             ));
         }
+        if words.has('c') {
+            report::tell("compressed clusters are read, and not written: write -c is not supported");
+            return Ok(Done::Badly);
+        }
         for letter in ['n', 'u'] {
             if words.has(letter) && !words.has('z') {
                 return Err(Refused::Out(format!("-{letter} requires -z to be specified")));
@@ -209,13 +228,13 @@ impl Machine {
                 let mode = ZeroMode { keep_space: false, only_if_fast: words.has('n') };
                 match len {
                     0 => Ok(()),
-                    len => self.disk.write_zeroes(offset, len, mode).await,
+                    len => self.disk().write_zeroes(offset, len, mode).await,
                 }
             }
             false => self.write_pattern(offset, len, &pattern).await,
         };
         let result = match (result, words.has('f')) {
-            (Ok(()), true) => self.disk.flush().await,
+            (Ok(()), true) => self.disk().flush().await,
             (result, _) => result,
         };
         let time = began.elapsed();
@@ -239,7 +258,7 @@ impl Machine {
                 data.extend_from_slice(&pattern[next..next + run]);
                 next = (next + run) % pattern.len();
             }
-            self.disk.write(at, Bytes::from(data)).await?;
+            self.disk().write(at, Bytes::from(data)).await?;
             at += piece;
         }
         Ok(())
@@ -254,7 +273,7 @@ impl Machine {
             return Ok(Done::Badly);
         }
         let began = Instant::now();
-        let result = if len > 0 { self.disk.trim(offset, len).await } else { Ok(()) };
+        let result = if len > 0 { self.disk().trim(offset, len).await } else { Ok(()) };
         let done = self.told(result, "discard");
         if done == Done::Well && !words.has('q') {
             print_report("discard", words, offset, len, began.elapsed());
@@ -263,11 +282,12 @@ impl Machine {
     }
 
     async fn info(&self) -> Result<Done, Refused> {
-        let (image, format) = &self.image;
+        let (image, format) =
+            self.device.image().expect("a command that needs an image is not run without one");
         // Our own lock is on it; what its header says does not change while it is open.
         let described = async {
             let (file, _) = look::readable(image, true, &OriginArgs::NONE).await?;
-            let driver = driver_of(&*file, format.as_deref()).await.map_err(Failure::new)?;
+            let driver = driver_of(&*file, format).await.map_err(Failure::new)?;
             driver.describe(&file).await.map_err(|error| Failure::new(error.to_string()))
         };
         let description = match described.await {
@@ -286,7 +306,7 @@ impl Machine {
         let mut runs: Vec<(u64, bool)> = Vec::new();
         let mut at = offset;
         while at < offset + len {
-            for extent in self.disk.status(at, offset + len - at, EXTENTS_MAX).await? {
+            for extent in self.disk().status(at, offset + len - at, EXTENTS_MAX).await? {
                 at += extent.len;
                 match runs.last_mut() {
                     Some((len, top)) if *top == (extent.depth == 1) => *len += extent.len,
@@ -317,7 +337,7 @@ impl Machine {
     }
 
     async fn map(&self) -> Result<Done, Refused> {
-        let runs = match self.runs(0, self.disk.size()).await {
+        let runs = match self.runs(0, self.disk().size()).await {
             Ok(runs) => runs,
             Err(error) => return Ok(self.told(Err(error), "map")),
         };

@@ -29,6 +29,8 @@ pub struct Chosen {
     pub kept: PathBuf,
     /// Whether what the command writes is gone at the end.
     pub writes_are_temporary: bool,
+    /// Warnings that were told already, which the chain may find again.
+    pub warned: Vec<String>,
     /// What to tell before the command runs.
     pub note: Option<&'static str>,
     /// Keeps others away from the cache's image.
@@ -61,6 +63,7 @@ impl Chosen {
             options,
             kept: image.to_owned(),
             writes_are_temporary: false,
+            warned: Vec::new(),
             note: None,
             claim: None,
             temporary: None,
@@ -169,7 +172,8 @@ async fn in_cache(
     let format = cache::format(&found.image);
     options.format = Some(format.to_owned());
     if options.read_only {
-        return Ok(Chosen { claim: Some(claim), ..Chosen::kept_in(&found.image, options) });
+        let warned = found.warnings;
+        return Ok(Chosen { claim: Some(claim), warned, ..Chosen::kept_in(&found.image, options) });
     }
     let temporary = folders::roomy()?;
     let top = temporary.path().join("guest");
@@ -184,6 +188,7 @@ async fn in_cache(
         options,
         kept: found.image,
         writes_are_temporary: true,
+        warned: found.warnings,
         note: Some(match keeps {
             true => {
                 "what is read is kept in the user's cache; what the command writes is temporary (--image FILE keeps it)"

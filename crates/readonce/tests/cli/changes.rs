@@ -223,3 +223,63 @@ fn help_and_words_that_change_nothing_are_taken() {
         }
     }
 }
+
+/// A variable that was empty in a script gave another image than it asked for.
+#[test]
+fn lists_of_options_are_refused_as_qemu_img_refuses_them() {
+    let folder = folder();
+    let at = folder.path();
+    qemu_img(at, &["create", "-q", "-f", "qed", "a.img", "1M"]).ok();
+    for list in ["", ",", ",,", ",size=1M", ",,size=1M", "size=1M,", "size=1M,,,"] {
+        for arguments in
+            [&["create", "-f", "qed", "-o", list, "x.img", "1M"][..], &["amend", "-o", list, "a.img"]]
+        {
+            let wanted = qemu_img(at, arguments);
+            let told = readonce(at, arguments);
+            assert_eq!(told.err, wanted.err.replace("qemu-img: ", "readonce: "), "{arguments:?}");
+            assert_eq!(told.code, wanted.code, "{arguments:?}");
+        }
+    }
+    for mode in ["full", "many"] {
+        let told = readonce(at, &["resize", "--preallocation", mode, "a.img", "2M"]);
+        told.fails(
+            1,
+            if mode == "full" { "Unsupported preallocation mode" } else { "Invalid preallocation mode" },
+        );
+    }
+}
+
+/// A script that compares lengths with those of qemu-img found another one.
+#[test]
+fn a_raw_file_grows_to_the_byte() {
+    let folder = folder();
+    let at = folder.path();
+    for size in ["+1", "1048600", "+513"] {
+        for name in ["ours.raw", "theirs.raw"] {
+            std::fs::write(at.join(name), vec![7; 1 << 20]).expect("room");
+        }
+        readonce(at, &["resize", "-f", "raw", "ours.raw", size]).ok();
+        qemu_img(at, &["resize", "-f", "raw", "theirs.raw", size]).ok();
+        let len = |name: &str| std::fs::metadata(at.join(name)).expect("it is there").len();
+        assert_eq!(len("ours.raw"), len("theirs.raw"), "{size}");
+    }
+}
+
+/// A typing error was taken, with the backing gone.
+#[test]
+fn rebase_refuses_a_format_that_it_does_not_know() {
+    let folder = folder();
+    let at = folder.path();
+    for format in ["qed", "qcow2"] {
+        qemu_img(at, &["create", "-q", "-u", "-f", format, "-b", "x.raw", "-F", "raw", "a.img", "1M"]).ok();
+        for arguments in
+            [&["rebase", "-u", "-F", "foo", "a.img"][..], &["rebase", "-u", "-b", "x", "-F", "foo", "a.img"]]
+        {
+            let wanted = qemu_img(at, arguments);
+            let told = readonce(at, arguments);
+            assert_eq!(told.err, wanted.err.replace("qemu-img: ", "readonce: "));
+            assert_eq!((told.code, wanted.code), (Some(1), Some(1)));
+        }
+        assert_eq!(info(at, "a.img")["backing-filename"], "x.raw");
+    }
+}

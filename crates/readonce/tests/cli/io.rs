@@ -94,6 +94,74 @@ fn words_in((format, options): (&str, &str)) {
     qemu_img(ours.path(), &["compare", "w.img", theirs.to_str().expect("text")]).ok();
 }
 
+/// Scripts of qemu-io's words ended at the first of these.
+#[test]
+fn images_are_opened_closed_and_grown_in_the_words_of_qemu_io() {
+    for format in ["qed", "qcow2"] {
+        let folder = folder();
+        let at = folder.path();
+        for commands in [
+            &["truncate 2M", "length", "read -P 0 1M 1M", "write -P 7 1M 64k", "read -P 7 1M 64k"][..],
+            &["truncate 100", "truncate", "truncate x", "truncate -m x 3M", "truncate 1 2 3 4", "length"],
+            &["reopen -r", "write 0 512", "truncate 3M", "reopen -w", "write -P 5 0 512", "reopen"],
+            &["reopen -r -w", "reopen a b", "write 0 512", "reopen -r", "reopen -r", "write 0 512"],
+            &[
+                "open w.img",
+                "close",
+                "length",
+                "close",
+                "read 0 512",
+                "write 0 512",
+                "truncate 4M",
+                "sleep 1",
+            ],
+            &["close", "open -r w.img", "write 0 512", "length", "close", "open w.img", "write 0 512"],
+            &["close", "open -r absent", "open absent", "length", "open"],
+            &["close 1", "abort 1", "close", "quit", "length"],
+        ] {
+            let mut arguments: Vec<&str> = commands.iter().flat_map(|command| ["-c", command]).collect();
+            arguments.push("w.img");
+            let mut said = Vec::new();
+            for run in
+                [qemu_io, |at: &_, arguments: &[&str]| readonce(at, &[&["io"][..], arguments].concat())]
+            {
+                qemu_img(at, &["create", "-q", "-f", format, "w.img", "1M"]).ok();
+                let ran = run(at, &arguments);
+                let out = without_times(Ran { out: ran.out, err: String::new(), ..ran }).out;
+                // Ours is named by a usage with fewer options.
+                let out = out.replace("[(-r|-w)] [-c cache] [-o options]", "[(-r|-w)]");
+                said.push((ran.code, out, ran.err.replace("qemu-io: ", "readonce: ")));
+                qemu_img(at, &["check", "w.img"]).ok();
+            }
+            assert_eq!(said[1], said[0], "{format} {commands:?}");
+        }
+        // What a crash leaves is there, and what was not flushed may be.
+        let crash = ["-c", "write -P 9 0 64k", "-c", "flush", "-c", "abort", "-c", "length", "w.img"];
+        let ran = readonce(at, &[&["io"][..], &crash].concat());
+        assert!(ran.code != Some(0) && !ran.out.contains("MiB\n1 MiB"), "{ran:?}");
+        readonce(at, &["io", "-c", "read -P 9 0 64k", "w.img"]).ok();
+        for refused in
+            ["write -c 0 64k", "open -n w.img", "reopen -o x=y", "truncate -m full 9M", "truncate 512"]
+        {
+            let ran = readonce(at, &["io", "-c", refused, "w.img"]);
+            let wanted = if refused.starts_with("open") { "open already" } else { "support" };
+            ran.fails(1, wanted);
+        }
+    }
+}
+
+/// What the backing holds behind the old end stays unseen.
+#[test]
+fn an_image_that_grows_while_it_is_used_shows_nothing_of_a_longer_backing() {
+    let folder = folder();
+    let at = folder.path();
+    std::fs::write(at.join("base.raw"), vec![7; 2 << 20]).expect("room");
+    readonce(at, &["create", "-q", "-f", "qed", "-b", "base.raw", "-F", "raw", "w.img", "1M"]).ok();
+    let commands = ["-c", "read -P 7 0 1M", "-c", "truncate 3M", "-c", "read -P 0 1M 2M", "w.img"];
+    readonce(at, &[&["io"][..], &commands].concat()).ok();
+    qemu_io(at, &["-c", "read -P 0 1M 2M", "w.img"]).ok();
+}
+
 /// Scripts match this line.
 #[test]
 fn what_cannot_be_opened_is_told_in_the_words_of_qemu_io() {

@@ -46,6 +46,19 @@ async fn a_url_is_kept_in_the_cache_and_writes_are_not() {
     assert_eq!(names(at), ["cache", "out.raw", "wanted.raw"]);
 }
 
+/// The same warning twice looks like two servers.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_version_is_told_by_is_said_once() {
+    let folder = folder();
+    let at = folder.path();
+    let origin = origin().await;
+    for header in ["etag", "last-modified"] {
+        origin.fault(When::always(), Fault::NoHeader(header.into()));
+    }
+    let told = convert(at, &origin).ok();
+    assert_eq!(told.err.matches("neither ETag nor Last-Modified").count(), 1, "{told:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_url_read_only_and_without_copy_on_read() {
     let folder = folder();
