@@ -123,6 +123,8 @@ struct Run {
     leaky: bool,
     /// The same of the image below: until it is closed clean by who writes it, which not every session does.
     leaky_below: bool,
+    /// Nobody knows what lies behind the end, in the last cluster: growth would show it.
+    tail_unknown: bool,
     /// Something happened that may leave flags behind.
     flags: Flags,
 }
@@ -154,6 +156,7 @@ pub fn run(plan: &Plan, watch: Watch) -> Outcome {
         renames: 0,
         leaky: false,
         leaky_below: false,
+        tail_unknown: false,
         flags: Flags::Right,
     };
     plan.sessions.iter().for_each(|session| run.session(session));
@@ -370,7 +373,8 @@ impl Run {
             Change::Grow(sectors) => {
                 let old = self.shared.lock().model.cell_count() * self.world.shape.cell;
                 // A longer backing would show; a snapshot has the old size.
-                if old < self.world.shape.backing_len || !self.snapshots.is_empty() || layout.data_file {
+                let shows = old < self.world.shape.backing_len || self.tail_unknown;
+                if shows || !self.snapshots.is_empty() || layout.data_file {
                     return None;
                 }
                 Wanted::Size(old + sectors * 512)

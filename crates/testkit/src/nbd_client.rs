@@ -7,10 +7,14 @@
 //! - Memory follows what was asked for, not what a server says: an option's reply has at most `OPTION_REPLY_MAX`, a chunk what
 //!   its request can need.
 //! - `lean` is another client, for benchmarks only.
+//!
+//! Here: what is asked for, and the requests. `handshake`: up to the transmission phase. `replies`: what comes back.
 
 #![allow(clippy::disallowed_methods, reason = "a client of real servers: real tasks, real time")]
 
+mod handshake;
 pub mod lean;
+mod replies;
 
 use std::{
     collections::BTreeMap,
@@ -25,10 +29,12 @@ use std::{
 
 use parking_lot::Mutex;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf},
-    net::{TcpStream, UnixStream},
+    io::{AsyncWriteExt, WriteHalf},
     sync::oneshot,
 };
+
+pub use self::handshake::{Handshake, Stream, go_data, meta_query};
+use self::replies::Receiver;
 
 /// Commands of the protocol.
 pub mod command {
@@ -83,14 +89,6 @@ pub mod option_reply {
     pub const ERR_TOO_BIG: u32 = 0x8000_0009;
     pub const ERR_EXT_HEADER_REQD: u32 = 0x8000_000a;
 }
-
-const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
-
-/// Bytes of the data of one option's reply, at most; and how many replies there may be before the last.
-const OPTION_REPLY_MAX: u32 = 64 << 10;
-const OPTION_REPLIES_MAX: usize = 1024;
-/// Bytes of a chunk beside the data that was asked for, at most: extents, and the words of an error.
-const CHUNK_EXTRA_MAX: u64 = 1 << 20;
 
 /// Which headers to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -157,147 +155,6 @@ impl From<io::Error> for NbdError {
     fn from(error: io::Error) -> Self {
         NbdError::Closed(error.to_string())
     }
-}
-
-/// A byte stream.
-pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
-
-/// A connection whose options are still being haggled over.
-pub struct Handshake {
-    stream: Box<dyn Stream>,
-}
-
-impl Handshake {
-    /// Connects, checks the server's greeting, and answers it.
-    pub async fn unix(path: impl AsRef<Path>) -> Result<Self, NbdError> {
-        Self::start(Box::new(UnixStream::connect(path).await?)).await
-    }
-
-    /// Connects, checks the server's greeting, and answers it.
-    pub async fn tcp(address: SocketAddr) -> Result<Self, NbdError> {
-        let stream = TcpStream::connect(address).await?;
-        stream.set_nodelay(true)?;
-        Self::start(Box::new(stream)).await
-    }
-
-    /// Checks the greeting of a server that is connected already, and answers it.
-    pub async fn start(mut stream: Box<dyn Stream>) -> Result<Self, NbdError> {
-        let mut greeting = [0; 18];
-        stream.read_exact(&mut greeting).await?;
-        if &greeting[..16] != b"NBDMAGICIHAVEOPT" || greeting[17] & 1 == 0 {
-            return Err(NbdError::Protocol(format!("greeting {greeting:x?}")));
-        }
-        // Fixed newstyle, no zeroes.
-        stream.write_all(&3_u32.to_be_bytes()).await?;
-        Ok(Self { stream })
-    }
-
-    /// Sends an option and gives the replies to it, the last one included.
-    pub async fn option(&mut self, option: u32, data: &[u8]) -> Result<Vec<(u32, Vec<u8>)>, NbdError> {
-        let mut message = OPTION_MAGIC.to_be_bytes().to_vec();
-        message.extend_from_slice(&option.to_be_bytes());
-        message.extend_from_slice(&(data.len() as u32).to_be_bytes());
-        message.extend_from_slice(data);
-        self.stream.write_all(&message).await?;
-        let mut replies = Vec::new();
-        loop {
-            if self.stream.read_u64().await? != 0x0003_e889_0455_65a9 {
-                return Err(NbdError::Protocol("option reply magic".into()));
-            }
-            let of = self.stream.read_u32().await?;
-            if of != option {
-                return Err(NbdError::Protocol(format!("a reply to option {of}, not {option}")));
-            }
-            let kind = self.stream.read_u32().await?;
-            let len = self.stream.read_u32().await?;
-            if len > OPTION_REPLY_MAX || replies.len() >= OPTION_REPLIES_MAX {
-                return Err(NbdError::Protocol(format!(
-                    "{len} bytes in reply {} to option {of}",
-                    replies.len()
-                )));
-            }
-            let mut data = vec![0; len as usize];
-            self.stream.read_exact(&mut data).await?;
-            replies.push((kind, data));
-            if kind == option_reply::ACK || kind >> 31 == 1 {
-                return Ok(replies);
-            }
-        }
-    }
-
-    /// The stream, to do with as one likes.
-    pub fn into_stream(self) -> Box<dyn Stream> {
-        self.stream
-    }
-
-    /// Haggles as `options` say and enters the transmission phase.
-    pub async fn go(mut self, options: &ConnectOptions) -> Result<NbdClient, NbdError> {
-        let mut headers = Headers::Simple;
-        for (wanted, option) in
-            [(Headers::Extended, option::EXTENDED_HEADERS), (Headers::Structured, option::STRUCTURED_REPLY)]
-        {
-            if headers == Headers::Simple && wanted <= options.headers {
-                let replies = self.option(option, &[]).await?;
-                if replies[0].0 == option_reply::ACK {
-                    headers = wanted;
-                }
-            }
-        }
-        let mut contexts = Vec::new();
-        if headers > Headers::Simple && !options.contexts.is_empty() {
-            let queries: Vec<&str> = options.contexts.iter().map(String::as_str).collect();
-            for (kind, data) in
-                self.option(option::SET_META_CONTEXT, &meta_query(&options.export, &queries)).await?
-            {
-                if kind == option_reply::META_CONTEXT {
-                    let (id, name) = data
-                        .split_at_checked(4)
-                        .ok_or_else(|| NbdError::Protocol("a context's number".into()))?;
-                    contexts.push((be32(id), String::from_utf8_lossy(name).into_owned()));
-                }
-            }
-        }
-        // NBD_INFO_BLOCK_SIZE is asked for: a server may insist that a client knows its limits.
-        let replies = self.option(option::GO, &go_data(&options.export, &[3])).await?;
-        let (mut size, mut flags) = (None, 0);
-        for (kind, data) in &replies {
-            if *kind == option_reply::INFO && data.starts_with(&[0, 0]) && data.len() == 12 {
-                size = Some(be64(&data[2..10]));
-                flags = u16::from_be_bytes([data[10], data[11]]);
-            } else if kind >> 31 == 1 {
-                return Err(NbdError::Server {
-                    errno: *kind,
-                    text: String::from_utf8_lossy(data).into_owned(),
-                });
-            }
-        }
-        let size = size.ok_or_else(|| NbdError::Protocol("no NBD_INFO_EXPORT".into()))?;
-        Ok(NbdClient::start(self.stream, size, flags, headers, contexts))
-    }
-}
-
-/// The data of NBD_OPT_GO and NBD_OPT_INFO.
-pub fn go_data(name: &str, infos: &[u16]) -> Vec<u8> {
-    let mut data = (name.len() as u32).to_be_bytes().to_vec();
-    data.extend_from_slice(name.as_bytes());
-    data.extend_from_slice(&(infos.len() as u16).to_be_bytes());
-    for info in infos {
-        data.extend_from_slice(&info.to_be_bytes());
-    }
-    data
-}
-
-/// The data of NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT.
-pub fn meta_query(name: &str, queries: &[&str]) -> Vec<u8> {
-    let mut data = (name.len() as u32).to_be_bytes().to_vec();
-    data.extend_from_slice(name.as_bytes());
-    data.extend_from_slice(&(queries.len() as u32).to_be_bytes());
-    for query in queries {
-        data.extend_from_slice(&(query.len() as u32).to_be_bytes());
-        data.extend_from_slice(query.as_bytes());
-    }
-    data
 }
 
 /// A request as it goes on the wire; nothing in it is checked.
@@ -577,159 +434,6 @@ impl NbdClient {
         let message = self.encode(&request, 0);
         self.send_bytes(&message).await
     }
-}
-
-struct Receiver {
-    reader: ReadHalf<Box<dyn Stream>>,
-    headers: Headers,
-    waiting: Arc<Mutex<Waiting>>,
-}
-
-impl Receiver {
-    /// Takes one simple reply or one chunk.
-    async fn receive(&mut self) -> Result<(), NbdError> {
-        match (self.reader.read_u32().await?, self.headers) {
-            (0x6744_6698, Headers::Simple | Headers::Structured) => self.simple().await,
-            (0x668e_33ef, Headers::Structured) | (0x6e8a_278c, Headers::Extended) => self.chunk().await,
-            (magic, headers) => Err(NbdError::Protocol(format!("reply magic {magic:#x} with {headers:?}"))),
-        }
-    }
-
-    async fn simple(&mut self) -> Result<(), NbdError> {
-        let errno = self.reader.read_u32().await?;
-        let mut waiter = self.waiter().await?.1;
-        if errno != 0 {
-            waiter.error = Some(NbdError::Server { errno, text: String::new() });
-        } else if waiter.request.command == command::READ {
-            if self.headers != Headers::Simple {
-                return Err(NbdError::Protocol("a simple reply to a read".into()));
-            }
-            waiter.reply.data.resize(waiter.request.len as usize, 0);
-            self.reader.read_exact(&mut waiter.reply.data).await?;
-            waiter.covered.push((0, waiter.reply.data.len()));
-            waiter.reply.chunks = 1;
-        }
-        end(waiter)
-    }
-
-    /// The request that a reply is for, taken out of the table. Reads the cookie.
-    async fn waiter(&mut self) -> Result<(u64, Waiter), NbdError> {
-        let cookie = self.reader.read_u64().await?;
-        let waiter = self.waiting.lock().requests.remove(&cookie);
-        Ok((cookie, waiter.ok_or_else(|| NbdError::Protocol(format!("unknown cookie {cookie}")))?))
-    }
-
-    async fn chunk(&mut self) -> Result<(), NbdError> {
-        let flags = self.reader.read_u16().await?;
-        let kind = self.reader.read_u16().await?;
-        let (cookie, mut waiter) = self.waiter().await?;
-        let len = if self.headers == Headers::Extended {
-            let offset = self.reader.read_u64().await?;
-            if offset != waiter.request.offset {
-                return Err(NbdError::Protocol(format!("a reply's offset {offset}")));
-            }
-            self.reader.read_u64().await?
-        } else {
-            u64::from(self.reader.read_u32().await?)
-        };
-        let data_len = if waiter.request.command == command::READ { waiter.request.len } else { 0 };
-        if len > data_len.saturating_add(CHUNK_EXTRA_MAX) {
-            return Err(NbdError::Protocol(format!("a chunk of {len} bytes for {:?}", waiter.request)));
-        }
-        let mut payload = vec![0; len as usize];
-        self.reader.read_exact(&mut payload).await?;
-        take_chunk(&mut waiter, kind, &payload, self.headers).ok_or_else(|| {
-            NbdError::Protocol(format!("chunk {kind} of {len} bytes for {:?}", waiter.request))
-        })?;
-        if flags & 1 != 0 {
-            return end(waiter);
-        }
-        if kind == 0 {
-            return Err(NbdError::Protocol("NBD_REPLY_TYPE_NONE is not the last chunk".into()));
-        }
-        self.waiting.lock().requests.insert(cookie, waiter);
-        Ok(())
-    }
-}
-
-/// `None` if the chunk is not what the protocol allows here.
-fn take_chunk(waiter: &mut Waiter, kind: u16, payload: &[u8], headers: Headers) -> Option<()> {
-    let is_read = waiter.request.command == command::READ;
-    match kind {
-        0 => payload.is_empty().then_some(()),
-        1 | 2 if is_read => {
-            let at = be64(payload.get(..8)?);
-            let data = if kind == 1 {
-                payload.get(8..).filter(|data| !data.is_empty())?.to_vec()
-            } else {
-                let hole = u64::from(be32(payload.get(8..12)?));
-                vec![0; usize::try_from(hole).ok().filter(|_| hole <= waiter.request.len)?]
-            };
-            let from = usize::try_from(at.checked_sub(waiter.request.offset)?).ok()?;
-            let until = from.checked_add(data.len())?;
-            let is_inside = until as u64 <= waiter.request.len;
-            let is_new = waiter.covered.iter().all(|&(start, end)| until <= start || end <= from);
-            let may_split = waiter.request.flags & command_flag::DF == 0 || waiter.reply.chunks == 0;
-            if !is_inside || !is_new || !may_split {
-                return None;
-            }
-            waiter.reply.data.resize(waiter.reply.data.len().max(until), 0);
-            waiter.reply.data[from..until].copy_from_slice(&data);
-            waiter.covered.push((from, until));
-            waiter.reply.chunks += 1;
-            Some(())
-        }
-        5 | 6 if waiter.request.command == command::BLOCK_STATUS => {
-            let is_extended = headers == Headers::Extended;
-            if (kind == 6) != is_extended {
-                return None;
-            }
-            let id = be32(payload.get(..4)?);
-            let extents: Vec<(u64, u64)> = if is_extended {
-                let extents = payload.get(8..)?;
-                if extents.len() as u64 != u64::from(be32(&payload[4..8])) * 16 {
-                    return None;
-                }
-                extents.chunks(16).map(|extent| (be64(&extent[..8]), be64(&extent[8..]))).collect()
-            } else {
-                let extents = payload.get(4..).filter(|extents| extents.len() % 8 == 0)?;
-                extents
-                    .chunks(8)
-                    .map(|extent| (u64::from(be32(&extent[..4])), u64::from(be32(&extent[4..]))))
-                    .collect()
-            };
-            let is_new = waiter.reply.status.iter().all(|(other, _)| *other != id);
-            if extents.is_empty() || extents.iter().any(|extent| extent.0 == 0) || !is_new {
-                return None;
-            }
-            if waiter.request.flags & command_flag::REQ_ONE != 0 && extents.len() != 1 {
-                return None;
-            }
-            waiter.reply.status.push((id, extents));
-            Some(())
-        }
-        _ if kind >> 15 == 1 => {
-            let errno = be32(payload.get(..4)?);
-            let text_len = usize::from(u16::from_be_bytes([*payload.get(4)?, *payload.get(5)?]));
-            let text = String::from_utf8(payload.get(6..)?.get(..text_len)?.to_vec()).ok()?;
-            waiter.error = Some(NbdError::Server { errno, text });
-            (errno != 0).then_some(())
-        }
-        _ => None,
-    }
-}
-
-fn end(waiter: Waiter) -> Result<(), NbdError> {
-    let covered: usize = waiter.covered.iter().map(|(from, until)| until - from).sum();
-    let is_whole = waiter.request.command != command::READ || covered as u64 == waiter.request.len;
-    let result = match waiter.error {
-        Some(error) => Err(error),
-        None if !is_whole => return Err(NbdError::Protocol("a read ended before all data came".into())),
-        None => Ok(waiter.reply),
-    };
-    // A caller that went away does not want it.
-    let _ = waiter.sender.send(result);
-    Ok(())
 }
 
 fn be32(bytes: &[u8]) -> u32 {
