@@ -13,9 +13,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use parking_lot::Mutex;
 use readonce_format::{Compressed, FormatError};
-use readonce_storage::{ReadAt, Rt};
+use readonce_storage::{ReadAt, Rt, sync::Mutex};
 use tokio::sync::{Semaphore, oneshot};
 
 use crate::LayerError;

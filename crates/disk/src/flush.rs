@@ -8,14 +8,14 @@
 //! - What a round unlinked is used again once every read and write that may have looked it up has ended (`uses`).
 //! - An image that was idle for [`SETTLE_MS`] loses its dirty mark.
 
-use std::{
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
-    time::Duration,
-};
+use std::time::Duration;
 
 use readonce_format::{Durability, Reservation, Unlinked};
 use readonce_origin::Class;
-use readonce_storage::runtime::timeout;
+use readonce_storage::{
+    runtime::timeout,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+};
 
 use crate::{
     LayerError,

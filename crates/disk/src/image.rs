@@ -9,16 +9,18 @@
 
 use std::{
     ops::Range,
-    sync::{
-        Arc, OnceLock, Weak,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
+    sync::{Arc, OnceLock, Weak},
     task::{Context, Poll, Waker},
 };
 
-use parking_lot::{Mutex, MutexGuard};
 use readonce_format::{Abilities, Extent, Mapping, Reservation, WritableMapper};
-use readonce_storage::{BoxFuture, Rt, Storage};
+use readonce_storage::{
+    BoxFuture, Rt, Storage,
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
 
 use crate::{
     LayerError,

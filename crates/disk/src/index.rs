@@ -13,10 +13,9 @@ use std::{
     sync::Arc,
 };
 
-use parking_lot::RwLock;
 use readonce_format::Compressed;
 use readonce_origin::{Class, Sink};
-use readonce_storage::BoxFuture;
+use readonce_storage::{BoxFuture, sync::RwLock};
 
 use crate::{
     LayerError, StatusExtent,

@@ -37,7 +37,7 @@ mod zero;
 
 /// What counts without a lock. Its own module, so that a test can run `uses` under drawn schedules.
 mod atomics {
-    pub use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    pub use readonce_storage::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 }
 
 pub use base::{Base, BaseFiles};

@@ -16,9 +16,8 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use parking_lot::Mutex;
 use readonce_origin::{Class, FetchError, Origin, OriginNote, Sink, StatsSnapshot};
-use readonce_storage::{BoxFuture, ReadAt, Rt};
+use readonce_storage::{BoxFuture, ReadAt, Rt, sync::Mutex};
 use tokio::sync::oneshot;
 
 /// Bytes of a block: 5 ms of a 100 Mbit/s link, less than its round trip.

@@ -7,12 +7,10 @@
 //!
 //! Not here: reading slices.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, AtomicUsize, Ordering},
-};
+use std::sync::Arc;
 
 use arc_swap::{ArcSwapOption, Guard};
+use readonce_storage::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crate::number::index;
 

@@ -9,8 +9,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use parking_lot::Mutex;
-use readonce_storage::{Storage, flat::is_no_space};
+use readonce_storage::{Storage, flat::is_no_space, sync::Mutex};
 
 use crate::{
     FormatError,

@@ -5,10 +5,9 @@
 //!
 //! Not here: the scan (a format's `reclaim`).
 
-use std::{
-    sync::atomic::{AtomicBool, AtomicU8, Ordering},
-    task::Poll,
-};
+use std::task::Poll;
+
+use readonce_storage::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 /// The image was clean, or its leaks are free.
 const NOTHING_TO_DO: u8 = 0;

@@ -7,7 +7,7 @@
 
 use std::{collections::BTreeMap, io};
 
-use parking_lot::Mutex;
+use readonce_storage::sync::Mutex;
 
 use crate::{Durability, FormatError};
 

@@ -9,20 +9,18 @@
 //!
 //! Not here: bytes on the wire (`transport`), patience (`retry`), order (`schedule`), time limits (`stall`).
 
-use std::{
-    ops::Range,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::{FutureExt, StreamExt, future::Either};
 use http::{HeaderMap, HeaderValue, header};
-use parking_lot::Mutex;
-use readonce_storage::{BoxFuture, ReadAt, Rt};
+use readonce_storage::{
+    BoxFuture, ReadAt, Rt,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 use url::Url;
 
 use crate::{

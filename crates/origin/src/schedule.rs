@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use parking_lot::Mutex;
+use readonce_storage::sync::Mutex;
 use tokio::sync::oneshot;
 
 use crate::Class;

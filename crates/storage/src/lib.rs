@@ -4,6 +4,7 @@
 //! - `runtime`: the one parameter through which time, randomness and spawning come in.
 //! - `local`: a file of this machine. `lock`: QEMU's image locks on it.
 //! - `engine`: how an operation that may wait is done. `ring`: the same, on io_uring.
+//! - `sync`: short locks and counters, which tests can put in any order.
 //! - `synced`: syncs of several tasks in order.
 //! - `dirty`: whether a write to a file would have to wait. `cgroup`: what memory cgroups say to that.
 //! - `sim`: a simulated disk with power loss. `sparse`: the bytes that it holds.
@@ -20,6 +21,7 @@ mod ring;
 pub mod runtime;
 pub mod sim;
 mod sparse;
+pub mod sync;
 mod synced;
 
 pub use flat::{BoxFuture, ReadAt, Storage};

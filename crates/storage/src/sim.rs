@@ -20,12 +20,12 @@ use std::{
 };
 
 use bytes::Bytes;
-use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 use crate::{
     BoxFuture, ReadAt, Storage,
     sparse::{Image, PAGE},
+    sync::Mutex,
 };
 
 /// Bytes that a power loss never tears: the sector of every disk since 1981.

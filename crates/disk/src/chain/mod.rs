@@ -21,7 +21,7 @@ use std::{sync::Arc, time::Duration};
 
 use readonce_format::{Driver, driver::drivers};
 use readonce_origin::{AllowBacking, OriginOptions};
-use readonce_storage::{ReadAt, Rt};
+use readonce_storage::{ReadAt, Rt, sync::Mutex};
 
 pub use layers::{Layer, TopOnly, open_layers};
 pub use places::{Held, Lockable, Opener, Places};
@@ -155,11 +155,11 @@ struct Shared {
     rt: Rt,
     report: Reporter,
     /// Images open for writing, in the order of opening: top first.
-    images: parking_lot::Mutex<Vec<Arc<Image>>>,
+    images: Mutex<Vec<Arc<Image>>>,
     /// Held until the chain ends.
-    locks: parking_lot::Mutex<Vec<Held>>,
+    locks: Mutex<Vec<Held>>,
     /// Origins that were opened, for their counters.
-    origins: parking_lot::Mutex<Vec<Arc<dyn readonce_origin::Origin>>>,
+    origins: Mutex<Vec<Arc<dyn readonce_origin::Origin>>>,
     /// The chain is used no more.
     ended: tokio::sync::watch::Sender<bool>,
 }

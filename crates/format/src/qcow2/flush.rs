@@ -21,8 +21,7 @@
 
 use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
-use parking_lot::Mutex;
-use readonce_storage::Storage;
+use readonce_storage::{Storage, sync::Mutex};
 
 use super::{
     entry::Raw,

@@ -8,7 +8,7 @@
 
 use std::{collections::BTreeMap, ops::Range};
 
-use parking_lot::RwLock;
+use readonce_storage::sync::RwLock;
 
 /// What is known.
 pub(super) struct Known {

@@ -7,14 +7,14 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, OnceLock},
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
-use readonce_storage::ReadAt;
+use readonce_storage::{
+    ReadAt,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use super::{
     entry::{COPIED, OFFSET_MASK},

@@ -14,7 +14,7 @@
 use std::collections::{BTreeMap, btree_map::Entry as MapEntry};
 
 use bytes::{BufMut, Bytes, BytesMut};
-use parking_lot::Mutex;
+use readonce_storage::sync::Mutex;
 
 use super::{
     commit::{Kind, Wish},

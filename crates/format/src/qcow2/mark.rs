@@ -13,8 +13,7 @@
 
 use std::sync::Arc;
 
-use parking_lot::Mutex;
-use readonce_storage::Storage;
+use readonce_storage::{Storage, sync::Mutex};
 
 use super::{
     change,

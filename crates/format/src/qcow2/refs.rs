@@ -17,8 +17,7 @@ use std::{
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
-use parking_lot::Mutex;
-use readonce_storage::{BoxFuture, Storage};
+use readonce_storage::{BoxFuture, Storage, sync::Mutex};
 
 use super::{
     chunks::read_padded,

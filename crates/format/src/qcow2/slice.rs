@@ -9,9 +9,11 @@
 //!
 //! Not here: which slices are in memory (`tables`), and when one is written (`flush`).
 
-use std::{
-    collections::BTreeMap,
-    sync::atomic::{AtomicU64, Ordering, fence},
+use std::collections::BTreeMap;
+
+use readonce_storage::sync::{
+    atomic::{AtomicU64, Ordering, fence},
+    yield_now,
 };
 
 use super::{
@@ -117,7 +119,7 @@ impl Slice {
                 std::hint::spin_loop();
             } else {
                 // The writer was stopped in the middle of its few instructions.
-                std::thread::yield_now();
+                yield_now();
             }
         }
     }

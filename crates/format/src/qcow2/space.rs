@@ -8,17 +8,15 @@
 //!
 //! Not here: refcounts as such (`refs`), and the choice of a hole (`clusters`).
 
-use std::{
-    collections::BTreeSet,
-    ops::Range,
+use std::{collections::BTreeSet, ops::Range, sync::Arc};
+
+use readonce_storage::{
+    Rt,
     sync::{
-        Arc,
+        Mutex,
         atomic::{AtomicU64, Ordering},
     },
 };
-
-use parking_lot::Mutex;
-use readonce_storage::Rt;
 
 use super::{links::Released, mark::Mark, refs::Refs, tables::Tables};
 use crate::{

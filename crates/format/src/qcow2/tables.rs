@@ -13,14 +13,16 @@
 use std::{
     collections::BTreeMap,
     ops::Range,
+    sync::{Arc, OnceLock},
+};
+
+use readonce_storage::{
+    ReadAt, Storage,
     sync::{
-        Arc, OnceLock,
+        Mutex,
         atomic::{AtomicBool, Ordering},
     },
 };
-
-use parking_lot::Mutex;
-use readonce_storage::{ReadAt, Storage};
 
 use super::{
     chunks::read_padded,

@@ -13,8 +13,7 @@
 
 use std::sync::Arc;
 
-use parking_lot::Mutex;
-use readonce_storage::{BoxFuture, Rt, Storage};
+use readonce_storage::{BoxFuture, Rt, Storage, sync::Mutex};
 
 use super::{
     chunks::read_padded,

@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use parking_lot::Mutex;
+use readonce_storage::sync::Mutex;
 
 use super::{
     layout::{ENTRY_BYTES, SECTOR_BYTES, SLICE_ENTRIES},

@@ -13,8 +13,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use parking_lot::Mutex;
-use readonce_storage::Storage;
+use readonce_storage::{Storage, sync::Mutex};
 use zerocopy::IntoBytes;
 
 use super::header::{FEATURE_NEED_CHECK, HeaderSector};

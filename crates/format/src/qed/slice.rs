@@ -6,10 +6,9 @@
 //!
 //! Not here: which slices are in memory (`cache`), and when one is written (`flush`).
 
-use std::{
-    collections::BTreeMap,
-    sync::atomic::{AtomicU64, Ordering},
-};
+use std::collections::BTreeMap;
+
+use readonce_storage::sync::atomic::{AtomicU64, Ordering};
 
 use super::layout::{ENTRY_BYTES, Layout, SLICE_BYTES, SLICE_ENTRIES};
 use crate::{

@@ -15,8 +15,10 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use parking_lot::{Mutex, RwLock};
-use readonce_storage::ReadAt;
+use readonce_storage::{
+    ReadAt,
+    sync::{Mutex, RwLock},
+};
 
 use super::{
     layout::{Layout, SLICE_BYTES, SLICE_ENTRIES},
