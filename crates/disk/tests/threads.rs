@@ -1,6 +1,7 @@
 //! The engine over the real drivers, under schedules that shuttle draws: guests allocate, write in place, unlink, fill and flush as
-//! tasks of one image, and the power may fail at a drawn moment. Every read is held against the flat model; the format's own
-//! check finds nothing wrong, in what a power loss leaves and in the image that was closed.
+//! tasks of one image, which are switched at I/O, at waits, and at the short locks and the counters of engine and drivers; the power may
+//! fail at a drawn moment. Every read is held against the flat model; the format's own check finds nothing wrong, in what a power loss
+//! leaves and in the image that was closed.
 //!
 //! Not here: the in-flight table and `uses` alone, with threads (`schedules.rs`).
 
@@ -12,17 +13,13 @@ use parking_lot::Mutex;
 use rand::{SeedableRng, rngs::SmallRng};
 use readonce_disk::{Disk, Top, ZeroMode};
 use readonce_storage::{Rt, SimFile, Storage, sim::NowCalls};
-use shuttle::{
-    Config, MaxSteps, Runner,
-    future::block_on,
-    scheduler::{PctScheduler, RandomScheduler, Scheduler},
-};
+use shuttle::scheduler::{PctScheduler, RandomScheduler, Scheduler};
 use support::{
     exec::Exec,
     guest::{Guest, Request},
     model::Model,
     origin::{SECTOR, SimOrigin, stamp_of},
-    threads::{Shared, ShuttleRuntime, drawn, turns},
+    threads::{Shared, ShuttleRuntime, drawn, schedules, turns},
     world::{
         Kind, Leaks, QCOW2, QCOW2_EXTENDED, QCOW2_LAZY, QCOW2_SNAPSHOTS, QED, filling, for_kinds, raw_over,
     },
@@ -34,9 +31,7 @@ const RANDOM_SCHEDULES: usize = 60;
 const PCT_SCHEDULES: usize = 30;
 const PCT_DEPTH: usize = 4;
 /// Steps after which a schedule is called stuck.
-const STEPS_MAX: usize = 400_000;
-/// A debug build's frames need more than shuttle's 60 KiB.
-const STACK_BYTES: usize = 256 << 10;
+const STEPS_MAX: usize = 2_000_000;
 /// Turns within which the power fails.
 const POWER_TURNS: u64 = 120;
 
@@ -84,8 +79,16 @@ impl Script {
         let script = Arc::new(self);
         let start = Arc::new(script.start());
         let random = RandomScheduler::new(RANDOM_SCHEDULES);
-        schedules(random, Arc::clone(&script), Arc::clone(&start));
-        schedules(PctScheduler::new(PCT_DEPTH, PCT_SCHEDULES), script, start);
+        script.under(random, &start);
+        script.under(PctScheduler::new(PCT_DEPTH, PCT_SCHEDULES), &start);
+    }
+
+    fn under(self: &Arc<Self>, scheduler: impl Scheduler + 'static, start: &Arc<Start>) {
+        let (script, start) = (Arc::clone(self), Arc::clone(start));
+        schedules(scheduler, STEPS_MAX, move || {
+            let (script, start) = (Arc::clone(&script), Arc::clone(&start));
+            async move { script.once(&start).await }
+        });
     }
 
     fn start(&self) -> Start {
@@ -198,13 +201,6 @@ impl Script {
     }
 }
 
-fn schedules(scheduler: impl Scheduler + 'static, script: Arc<Script>, start: Arc<Start>) {
-    let mut config = Config::new();
-    config.stack_size = STACK_BYTES;
-    config.max_steps = MaxSteps::FailAfter(STEPS_MAX);
-    Runner::new(scheduler, config).run(move || block_on(script.once(&start)));
-}
-
 fn guest(disk: &Arc<Disk>, model: &Arc<Mutex<Model>>, stamp: u64) -> Guest {
     Guest {
         disk: Arc::clone(disk),
@@ -218,6 +214,30 @@ fn guest(disk: &Arc<Disk>, model: &Arc<Mutex<Model>>, stamp: u64) -> Guest {
 
 fn flush() -> (Request, u64, u64) {
     (Request::Flush, 0, 0)
+}
+
+/// Without a switch between two short locks the tests below would still pass, and show nothing about them.
+#[test]
+fn what_takes_a_lock_twice_is_met_in_between() {
+    let was_lost = Arc::new(Mutex::new(false));
+    let tell = Arc::clone(&was_lost);
+    schedules(RandomScheduler::new(200), STEPS_MAX, move || {
+        let (tell, count) = (Arc::clone(&tell), Arc::new(readonce_storage::sync::Mutex::new(0)));
+        async move {
+            let tasks = [(); 2].map(|()| {
+                let count = Arc::clone(&count);
+                shuttle::future::spawn(async move {
+                    let old = *count.lock();
+                    *count.lock() = old + 1;
+                })
+            });
+            for task in tasks {
+                task.await.expect("it ends");
+            }
+            *tell.lock() |= *count.lock() == 1;
+        }
+    });
+    assert!(*was_lost.lock());
 }
 
 #[test]
@@ -313,6 +333,38 @@ fn a_close_meets_fills_that_nobody_waits_for() {
             vec![(Request::Write, c + 1, 1), (Request::Read, 4 * c, 2)],
         ];
         script.let_go = vec![(5 * c, 3 * c), (0, 2 * c), (9 * c + 1, 1)];
+        script.run();
+    });
+}
+
+#[test]
+fn slices_leave_the_cache_while_they_change() {
+    // Of slices so far apart all belong in one set of the cache, which keeps six.
+    const SLICES: u64 = 8;
+    let small: Kind = Kind { cluster_size: 512, ..QCOW2 };
+    let large: Kind = Kind { cluster_size: 4096, options: &[("table_size", "16")], ..QED };
+    for_kinds(&[small, large], |kind| {
+        let apart = match kind.format {
+            "qed" => 4 << 30,
+            _ => 64 << 20,
+        } / SECTOR;
+        let c = kind.cluster_size / SECTOR;
+        let each = |request, at, count| (0..SLICES).map(move |slice| (request, slice * apart + at, count));
+        let mut script = Script::new(kind, SLICES * apart / c);
+        script.before = vec![(0, c), (2 * apart, c), (4 * apart, 2 * c)];
+        script.guests = vec![
+            each(Request::Write, c, c)
+                .take(5)
+                .chain([flush()])
+                .chain(each(Request::Read, 0, 3 * c))
+                .collect(),
+            each(Request::Write, 2 * c, c)
+                .skip(3)
+                .chain([flush()])
+                .chain(each(Request::Write, 0, 1))
+                .collect(),
+            each(Request::Read, 0, 3 * c).chain([flush()]).chain(each(Request::Trim, 0, c)).collect(),
+        ];
         script.run();
     });
 }

@@ -3,6 +3,8 @@
 //! Every guest write stamps its sectors with its own number. A read of a stamp is right if that write had begun, and no other
 //! write lay wholly between its end and the read's begin.
 
+use std::{borrow::Cow, collections::BTreeMap};
+
 use super::origin::{SECTOR, backing_stamp};
 
 /// A moment of the test: counts events.
@@ -20,7 +22,10 @@ struct Entry {
 
 #[derive(Clone)]
 pub struct Model {
-    sectors: Vec<Vec<Entry>>,
+    sector_count: u64,
+    backing_len: u64,
+    /// Of sectors that were written.
+    histories: BTreeMap<u64, Vec<Entry>>,
     tick: Tick,
     /// Begin of the newest flush that completed.
     flushed: Tick,
@@ -28,13 +33,20 @@ pub struct Model {
 
 impl Model {
     pub fn new(size: u64, backing_len: u64) -> Self {
-        let sectors = (0..size / SECTOR)
-            .map(|at| {
-                let stamp = if at * SECTOR < backing_len { backing_stamp(at) } else { 0 };
-                vec![Entry { stamp, begin: 0, end: Some(0), maybe: false }]
-            })
-            .collect();
-        Self { sectors, tick: 1, flushed: 0 }
+        Self { sector_count: size / SECTOR, backing_len, histories: BTreeMap::new(), tick: 1, flushed: 0 }
+    }
+
+    /// What a sector was before all writes.
+    fn unwritten(&self, at: u64) -> Entry {
+        let stamp = if at * SECTOR < self.backing_len { backing_stamp(at) } else { 0 };
+        Entry { stamp, begin: 0, end: Some(0), maybe: false }
+    }
+
+    fn history(&self, at: u64) -> Cow<'_, [Entry]> {
+        match self.histories.get(&at) {
+            Some(history) => Cow::Borrowed(history),
+            None => Cow::Owned(vec![self.unwritten(at)]),
+        }
     }
 
     pub fn tick(&mut self) -> Tick {
@@ -45,7 +57,9 @@ impl Model {
     pub fn begin_write(&mut self, first: u64, count: u64, stamp: u64, maybe: bool) -> Tick {
         let begin = self.tick();
         for at in first..first + count {
-            self.sectors[at as usize].push(Entry { stamp, begin, end: None, maybe });
+            let unwritten = self.unwritten(at);
+            let history = self.histories.entry(at).or_insert_with(|| vec![unwritten]);
+            history.push(Entry { stamp, begin, end: None, maybe });
         }
         begin
     }
@@ -53,7 +67,8 @@ impl Model {
     pub fn end_write(&mut self, first: u64, count: u64, begin: Tick) {
         let end = self.tick();
         for at in first..first + count {
-            for entry in self.sectors[at as usize].iter_mut().filter(|entry| entry.begin == begin) {
+            let history = self.histories.get_mut(&at).expect("its write began");
+            for entry in history.iter_mut().filter(|entry| entry.begin == begin) {
                 entry.end = Some(end);
             }
         }
@@ -74,7 +89,7 @@ impl Model {
     }
 
     fn check(&self, at: u64, stamp: u64, horizon: Tick, what: &str) {
-        let history = &self.sectors[at as usize];
+        let history = self.history(at);
         let possible = history.iter().filter(|entry| entry.stamp == stamp).any(|entry| {
             !history.iter().any(|other| {
                 !other.maybe
@@ -88,12 +103,12 @@ impl Model {
     /// After a crash: what was read is what there is.
     pub fn restart(&mut self, at: u64, stamp: u64) {
         let tick = self.tick;
-        self.sectors[at as usize] = vec![Entry { stamp, begin: tick, end: Some(tick), maybe: false }];
+        self.histories.insert(at, vec![Entry { stamp, begin: tick, end: Some(tick), maybe: false }]);
     }
 
     /// Forgets what can no longer be read, so that long runs stay small.
     pub fn prune(&mut self, horizon: Tick) {
-        for history in &mut self.sectors {
+        for history in self.histories.values_mut() {
             let newest = history
                 .iter()
                 .filter(|entry| !entry.maybe && entry.end.is_some_and(|end| end < horizon))
@@ -106,6 +121,6 @@ impl Model {
     }
 
     pub fn sector_count(&self) -> u64 {
-        self.sectors.len() as u64
+        self.sector_count
     }
 }

@@ -1,6 +1,7 @@
-//! The runtime of tests under shuttle: its tasks are shuttle's, its time is turns.
+//! Tests under shuttle: schedules that switch at I/O, at waits and at short locks, and the runtime of their tasks, whose time is turns.
 
 use std::{
+    cell::Cell,
     sync::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -8,13 +9,58 @@ use std::{
     time::Duration,
 };
 
-use readonce_storage::{BoxFuture, Moment, Runtime};
-use shuttle::{future, rand::Rng};
+use readonce_storage::{
+    BoxFuture, Moment, Runtime,
+    sync::{Switch, at_switches},
+};
+use shuttle::{Config, MaxSteps, Runner, current, future, rand::Rng, scheduler::Scheduler, thread};
 
 /// A sleep as long as this never ends before everything else has.
 const FOREVER: Duration = Duration::from_secs(3600);
 /// Turns that a sleep lasts at most: of less than a second, and of more.
 const TURNS_MAX: [u64; 2] = [20, 100];
+
+/// Of how many short locks one is a switch; 0: none, so that much happens between two of them. A schedule draws which.
+const SWITCH_ONE_OF: [u64; 4] = [0, 1, 3, 12];
+/// A debug build's frames need more than shuttle's 60 KiB.
+const STACK_BYTES: usize = 256 << 10;
+
+thread_local! {
+    static ONE_OF: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Runs `work` under each schedule; one of more than `steps_max` steps is called stuck.
+pub fn schedules<F: Future<Output = ()> + 'static>(
+    scheduler: impl Scheduler + 'static,
+    steps_max: usize,
+    work: impl Fn() -> F + Send + Sync + 'static,
+) {
+    let mut config = Config::new();
+    config.stack_size = STACK_BYTES;
+    config.max_steps = MaxSteps::FailAfter(steps_max);
+    // shuttle runs its tasks as coroutines on this thread.
+    let _switches = at_switches(at_switch);
+    Runner::new(scheduler, config).run(move || {
+        ONE_OF.set(SWITCH_ONE_OF[drawn(SWITCH_ONE_OF.len() as u64) as usize]);
+        future::block_on(work());
+    });
+}
+
+fn at_switch(switch: Switch) {
+    // Between two schedules there are no tasks.
+    if current::try_get_current_task().is_none() {
+        return;
+    }
+    let one_of = ONE_OF.get();
+    match switch {
+        Switch::Waits => thread::yield_now(),
+        Switch::May if one_of > 0 && drawn(one_of) == 0 => {
+            // shuttle switches before each access of its atomics, and takes it for no sign that the task waits.
+            shuttle::sync::atomic::AtomicBool::new(false).load(Ordering::SeqCst);
+        }
+        Switch::May => {}
+    }
+}
 
 /// Runs the engine on shuttle's tasks.
 #[derive(Default)]
