@@ -378,6 +378,8 @@ impl World {
         match chain::open(places::TOP, options, exec.rt(), Arc::new(|_| ())).await {
             Ok(chain) => Ok(Mounted { chain, holders }),
             Err(error) => {
+                // What was tried behind the image ends when it is next looked at.
+                exec.rt().sleep(Duration::from_secs(1)).await;
                 assert!(holders.are_gone(), "{error}: who does not open holds nothing: {holders:?}");
                 Err(error)
             }

@@ -41,6 +41,12 @@ fn the_same_seed_is_the_same_run() {
     assert_ne!(one(1, Formats::All).digest, one(2, Formats::All).digest);
 }
 
+/// The disk fails while the image is opened, and its backing is being tried behind it: the image stayed locked until that was given up.
+#[test]
+fn an_open_that_fails_holds_no_lock() {
+    one(2, Formats::Qcow2);
+}
+
 #[test]
 fn every_crash_point_of_short_scripts() {
     let short = ["first fill", "group commit", "repair"];

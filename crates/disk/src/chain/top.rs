@@ -47,8 +47,15 @@ pub async fn open(name: &str, options: ChainOptions, rt: Rt, report: Reporter) -
         origins: Default::default(),
         ended: tokio::sync::watch::Sender::new(false),
     });
-    let top = Opening { shared: Arc::clone(&shared), locator }.open().await?;
-    Ok(Chain { disk: Arc::new(Disk::new(top, read_only)), shared })
+    match (Opening { shared: Arc::clone(&shared), locator }).open().await {
+        Ok(top) => Ok(Chain { disk: Arc::new(Disk::new(top, read_only)), shared }),
+        Err(error) => {
+            // What is tried behind the image may go on for a while, and must not keep others from it.
+            shared.ended.send_replace(true);
+            shared.locks.lock().clear();
+            Err(error)
+        }
+    }
 }
 
 struct Opening {
