@@ -4,6 +4,8 @@
 //! - The active state is what the guest sees now. A snapshot's table that lies on an L2 table of it, or on the snapshot table, is taken
 //!   for a wrong offset: the snapshot is dropped. Not so where it names an L2 table in the same place as the active L1 table does: then
 //!   it is an L1 table for certain, and what lies on it is wrong.
+//! - A snapshot table that reaches over something else, and in which a name or an id is longer than anybody writes, is taken for
+//!   one with a wrong length: it ends before that snapshot. Where the next one begins is not known then.
 //! - A snapshot's table that lies on the active L1 table, or on data, is copied to the end of the file, within the limit of all copies.
 //! - This comes before any entry is mended: bytes that are mended as two things are lost as both.
 //!
@@ -62,6 +64,10 @@ pub(super) async fn snapshots(
     let mut table = Table { entries: Vec::new(), bytes: scanned.snapshots.bytes };
     let places = Places::new(header, scanned)?;
     for (number, entry) in scanned.snapshots.entries.iter().enumerate() {
+        if entry.has_long_words() && places.snapshots_meet_others() {
+            changed = true;
+            break;
+        }
         let mut entry = entry.clone();
         let remedy = match scanned.bad_snapshots.contains(&number) {
             true => Remedy::Drop,
@@ -146,11 +152,19 @@ impl<'a> Places<'a> {
         self.clusters(entry.l1_offset, u64::from(entry.l1_entries) * L1_ENTRY_BYTES)
     }
 
+    fn snapshots(&self) -> Range<u64> {
+        self.clusters(self.header.fields.snapshots_offset, self.scanned.snapshots.bytes)
+    }
+
+    /// Whether the snapshot table shares a cluster with anything.
+    fn snapshots_meet_others(&self) -> bool {
+        self.snapshots().any(|cluster| self.scanned.counts.count(cluster) > 1)
+    }
+
     async fn remedy(&self, file: &dyn ReadAt, entry: &Entry) -> Result<Remedy, FormatError> {
         let layout = &self.header.layout;
         let own = self.l1_of(entry);
-        let on_snapshots =
-            meets(&own, &self.clusters(self.header.fields.snapshots_offset, self.scanned.snapshots.bytes));
+        let on_snapshots = meets(&own, &self.snapshots());
         let on_table = self.is_on_active_table(&own);
         let on_active = meets(&own, &self.active_l1());
         let on_data = own.clone().any(|cluster| {

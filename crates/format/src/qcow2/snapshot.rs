@@ -24,12 +24,9 @@ use super::{
     recount::{Recount, end_of_file},
     repair::{clear_autoclear, rebuild_refcounts},
     scan::{Nobody, references},
-    snapshots::{Entry, SNAPSHOTS_MAX, Table},
+    snapshots::{Entry, NAME_BYTES_MAX, SNAPSHOTS_MAX, Table},
 };
 use crate::{FormatError, driver::SnapshotChange, number::index};
-
-/// Bytes of the longest name, as qemu-img cuts it.
-const NAME_BYTES_MAX: usize = 255;
 
 /// Changes the internal snapshots, durably.
 ///

@@ -15,6 +15,8 @@ use crate::{
     number::{bytes, index, round_up},
 };
 
+/// Bytes of the longest name, as qemu-img cuts it.
+pub(super) const NAME_BYTES_MAX: usize = 255;
 /// Most snapshots of an image: what QEMU opens.
 pub(super) const SNAPSHOTS_MAX: u32 = 65536;
 /// Bytes of the longest table: what QEMU opens.
@@ -62,6 +64,11 @@ pub(super) struct Entry {
 }
 
 impl Entry {
+    /// Whether its id or name is longer than anybody writes.
+    pub(super) fn has_long_words(&self) -> bool {
+        self.id.len().max(self.name.len()) > NAME_BYTES_MAX
+    }
+
     /// As the outside sees it. `size` is the image's, in bytes.
     pub(super) fn snapshot(&self, size: u64) -> Snapshot {
         Snapshot {

@@ -127,6 +127,21 @@ fn a_snapshots_l1_table_that_is_too_long_is_cut() {
 }
 
 #[test]
+fn a_snapshots_name_that_is_too_long_costs_the_snapshot_alone() {
+    // It would have cost all that the L2 table maps that the snapshot table then reached over.
+    let good = image("cluster_size=1k", 40, true);
+    let bytes = good.len() - good.snapshots() - 96;
+    for name in [1000, 2000, 5000, bytes] {
+        let size = u16::try_from(name).unwrap().to_be_bytes();
+        let after = kept(&good, &format!("{name} bytes"), |b| {
+            let at = b.snapshots() as usize + 14;
+            b.0[at..at + 2].copy_from_slice(&size);
+        });
+        assert_eq!(after.u32(60), 0, "{name}");
+    }
+}
+
+#[test]
 fn a_refcount_table_that_is_too_long_costs_nothing() {
     // It would have cost every L2 table behind it: the clusters that the table is said to have were taken for its own.
     let good = image("cluster_size=512", 40, false);
