@@ -5,7 +5,7 @@
 //!   shows through there (zeros stay zeros).
 //! - Data that lies on a table, and data that is referred to more often than the widest refcount can say, is copied to the
 //!   end of the file. Copies may at most double the file (or take 1 MiB); what is left beyond that stays.
-//! - What two entries of the active state show is copied too, up to 64 MiB: once one of them were written, the other would be alone with a
+//! - What two entries of the active state show (compressed bytes that lie in a cluster of data among it) is copied too, up to 64 MiB: once one of them were written, the other would be alone with a
 //!   COPIED flag that nobody sets. Beyond that, or where the disk is full, they share it, with a refcount of 2.
 //! - Snapshots whose L1 table cannot be there are dropped. Bitmaps that are broken are marked stale.
 //! - L1 tables that lie on something else give way first (`overlaps`). L1 entries are mended before L2 entries are looked at:
@@ -15,7 +15,7 @@
 //!
 //! Not here: refcounts and COPIED flags, which are wrong afterwards (`repair`).
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, ops::RangeInclusive, sync::Arc};
 
 use bytes::Bytes;
 use readonce_storage::{Storage, flat::is_no_space};
@@ -44,6 +44,11 @@ const COPIES_BYTES_MIN: u64 = 1 << 20;
 const SHARED_BYTES_MAX: u64 = 64 << 20;
 /// Bytes that are copied between two syncs, but for one cluster that is larger.
 const COPY_BYTES_MAX: u64 = 64 << 20;
+
+/// Of a cluster that an entry names as its own.
+const ROOM: u64 = 1;
+/// Of a cluster that holds compressed bytes.
+const PACKED: u64 = 2;
 
 /// Mends everything but refcounts and COPIED flags, which are wrong afterwards. Returns what a last scan saw.
 ///
@@ -130,13 +135,13 @@ struct Found {
     l1: Vec<WrongEntry>,
     l2: Vec<WrongEntry>,
     copies: Vec<Copy>,
-    /// Clusters that an entry of the active tables names have a count.
+    /// Clusters that an entry of the active tables names have a count, [`ROOM`] or [`PACKED`].
     active: Counts,
 }
 
 impl Found {
     fn new() -> Self {
-        Self { l1: Vec::new(), l2: Vec::new(), copies: Vec::new(), active: Counts::new(1) }
+        Self { l1: Vec::new(), l2: Vec::new(), copies: Vec::new(), active: Counts::new(PACKED) }
     }
 }
 
@@ -193,6 +198,12 @@ impl Observer for Found {
             Cluster::Room { at, .. } if named.active > 0 && self.is_twice(scanned.cluster(at)) => {
                 (at, 0, Need::Shared)
             }
+            Cluster::Compressed { at, len }
+                if named.active > 0
+                    && self.is_in_room(scanned.cluster(at)..=scanned.cluster(at + len.saturating_sub(1))) =>
+            {
+                (at, len, Need::Shared)
+            }
             _ => return,
         };
         push(&mut self.copies, Copy { entry, from, len, is_l2: true, need });
@@ -220,8 +231,20 @@ impl Found {
     fn is_twice(&mut self, cluster: u64) -> bool {
         let twice = self.active.count(cluster) > 0;
         // Where that does not fit in memory, the entries go on to share it.
-        let _ = self.active.set(cluster, 1);
+        let _ = self.active.set(cluster, ROOM);
         twice
+    }
+
+    /// Whether an entry of the active tables named one of the clusters as its own; else they hold compressed bytes from now on, which
+    /// share a cluster with others of their kind.
+    fn is_in_room(&mut self, clusters: RangeInclusive<u64>) -> bool {
+        if clusters.clone().any(|cluster| self.active.count(cluster) == ROOM) {
+            return true;
+        }
+        for cluster in clusters {
+            let _ = self.active.set(cluster, PACKED);
+        }
+        false
     }
 }
 

@@ -14,7 +14,7 @@ mod make;
 use std::sync::Arc;
 
 use readonce_format::{
-    CommitMode, Driver, Durability,
+    CommitMode, Driver, Durability, Geometry,
     driver::{BackingRef, CheckReport, HeaderChange, Pin, Repair, SnapshotChange, driver},
 };
 use readonce_storage::{Rt, SimFile};
@@ -204,6 +204,8 @@ impl Case<'_> {
             }
         };
         let geometry = guest.mapper.geometry();
+        // Damage may have made the guest longer.
+        let compared = Geometry { size: geometry.size.min(self.made.size), ..geometry };
         if draw.once_in(2) {
             let _ = guest.mapper.reclaim().await;
         }
@@ -242,9 +244,9 @@ impl Case<'_> {
                 _ => {
                     let content = |unit, len| pattern(tag, unit, len);
                     if guest.write(first, end, CommitMode::Overwrite, content).await.is_ok() {
-                        for unit in first..end {
+                        for unit in first..end.min(compared.size.div_ceil(geometry.fill_unit)) {
                             let mut bytes = pattern(tag, unit, geometry.fill_unit);
-                            bytes.truncate(unit_len(&geometry, unit) as usize);
+                            bytes.truncate(unit_len(&compared, unit) as usize);
                             wrote.push((unit, Unit::read(&bytes)));
                         }
                     }
