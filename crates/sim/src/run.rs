@@ -123,7 +123,7 @@ struct Run {
     leaky: bool,
     /// The same of the image below: until it is closed clean by who writes it, which not every session does.
     leaky_below: bool,
-    /// Nobody knows what lies behind the end, in the last cluster: growth would show it.
+    /// Nobody knows what tables say of what lies behind the end: growth would show it.
     tail_unknown: bool,
     /// Something happened that may leave flags behind.
     flags: Flags,

@@ -4,8 +4,8 @@
 //! - A cluster that could be read right before the repair can be read right after it, however often the repair was cut off.
 //! - Where data is in a file of its own, that may be cut: nothing in the tables says how long it is.
 //! - What a repair leaves is sound, and can be used.
-//! - The model knows nothing of the other clusters: they are written anew, up to the end of the disk (QED seed 704040 grew it then, and
-//!   saw what a damaged entry had brought in behind it).
+//! - The model knows nothing of the other clusters: they are written anew, up to the end of the disk (QED seed 704040 and qcow2
+//!   seed 2005818 grew it then, and saw what a damaged entry had brought in behind it).
 //! - A check that counts something wrong has told of it.
 //!
 //! Not here: what is damaged (`damage`).
@@ -98,8 +98,7 @@ impl Run {
         let sound = (self.disks.clone(), self.snapshots.clone(), self.flags, self.leaky);
         self.disks = disks;
         self.figures.mended += 1;
-        let size = self.shared.lock().model.cell_count() * self.world.shape.cell;
-        self.tail_unknown |= !size.is_multiple_of(self.world.shape.top.cluster_size);
+        self.tail_unknown = true;
         // Two entries may have one cluster, as with snapshots, after a repair that was cut off or by the damage itself: that is
         // sound. When one of them is written, the other lacks its flag; a power loss then can leave a refcount too high.
         self.flags = Flags::MayLag;
