@@ -4,6 +4,8 @@
 //!   was opened. One whose refcount changed since then is left alone: what the scan reads of it may be old.
 //! - Only what nothing refers to is freed. A refcount that is too high beside references stays for `check`: whether it becomes 1
 //!   decides flags in tables.
+//! - A refcount table that grew meanwhile lies elsewhere, and its old place may hold anything: the scan begins anew. Each time the table is
+//!   twice as long, so that is soon over.
 //! - A table in which anything is wrong ends it: then nothing is freed, and the mark stays. So it does where a large image is
 //!   closed meanwhile: closing does not wait for a scan of all of it, and the next open begins anew.
 //!
@@ -69,12 +71,18 @@ pub(super) async fn run(core: &Core) {
 
 /// Returns the clusters freed.
 async fn scan_and_free(core: &Core) -> Result<u64, FormatError> {
-    let header = Header::read(core.file.as_ref()).await?;
-    let cluster_bits = header.layout.cluster_bits;
-    // A scan goes no further.
-    let len = core.file.len().max((CLUSTERS_MAX - 1) << cluster_bits);
-    let file = Growing { file: core.file.clone(), len };
-    let scanned = scan::scan(&file, &header, &mut Nobody).await?;
+    let (scanned, cluster_bits) = loop {
+        let moves = core.space.refs.table_moves();
+        let header = Header::read(core.file.as_ref()).await?;
+        let cluster_bits = header.layout.cluster_bits;
+        // A scan goes no further.
+        let len = core.file.len().max((CLUSTERS_MAX - 1) << cluster_bits);
+        let file = Growing { file: core.file.clone(), len };
+        let scanned = scan::scan(&file, &header, &mut Nobody).await?;
+        if core.space.refs.table_moves() == moves {
+            break (scanned, cluster_bits);
+        }
+    };
     if scanned.check_errors > 0 || scanned.lost || scanned.corruptions > 0 {
         return Err(FormatError::corrupt("tables", "wrong", "must be checked and repaired"));
     }

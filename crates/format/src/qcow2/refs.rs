@@ -61,6 +61,8 @@ struct State {
     unwritten: BTreeSet<u64>,
     /// The table that the header names.
     stored: Stored,
+    /// How often the table got another place.
+    moves: u64,
     /// A longer one that is to take its place, and whether its own clusters are counted.
     planned: Option<(Stored, bool)>,
     pieces: BTreeMap<u64, Piece>,
@@ -94,6 +96,7 @@ impl Refs {
             bad: found.bad,
             unwritten: BTreeSet::new(),
             stored: found.stored,
+            moves: 0,
             planned: None,
             pieces: BTreeMap::new(),
             tracked: None,
@@ -454,6 +457,7 @@ impl Refs {
         mark.move_refcount_table(planned.at, planned.clusters).await?;
         let mut state = self.state.lock();
         let old = std::mem::replace(&mut state.stored, planned);
+        state.moves += 1;
         if state.planned.is_some_and(|(now, _)| now.at == planned.at) {
             state.planned = None;
         }
@@ -533,6 +537,11 @@ impl Refs {
         if let Some((end, tracked)) = &mut self.state.lock().tracked {
             tracked.extend(offsets.map(|offset| self.cluster(offset)).filter(|cluster| *cluster < *end));
         }
+    }
+
+    /// How often the table got another place: what lay in the one before may be anything since.
+    pub(super) fn table_moves(&self) -> u64 {
+        self.state.lock().moves
     }
 
     /// Ends that.
