@@ -18,7 +18,7 @@ use readonce_storage::{BoxFuture, ReadAt, Storage};
 
 use super::{
     header::Header,
-    scan::{self, CLUSTERS_MAX, Nobody},
+    scan::{self, CLUSTERS_MAX, Nobody, Scanned},
     writer::Core,
 };
 use crate::FormatError;
@@ -69,18 +69,24 @@ pub(super) async fn run(core: &Core) {
     }
 }
 
+/// Looks at the file as its header shows it now.
+async fn scan_once(core: &Core) -> Result<(Scanned, u32), FormatError> {
+    let header = Header::read(core.file.as_ref()).await?;
+    let cluster_bits = header.layout.cluster_bits;
+    // A scan goes no further.
+    let len = core.file.len().max((CLUSTERS_MAX - 1) << cluster_bits);
+    let file = Growing { file: core.file.clone(), len };
+    Ok((scan::scan(&file, &header, &mut Nobody).await?, cluster_bits))
+}
+
 /// Returns the clusters freed.
 async fn scan_and_free(core: &Core) -> Result<u64, FormatError> {
     let (scanned, cluster_bits) = loop {
         let moves = core.space.refs.table_moves();
-        let header = Header::read(core.file.as_ref()).await?;
-        let cluster_bits = header.layout.cluster_bits;
-        // A scan goes no further.
-        let len = core.file.len().max((CLUSTERS_MAX - 1) << cluster_bits);
-        let file = Growing { file: core.file.clone(), len };
-        let scanned = scan::scan(&file, &header, &mut Nobody).await?;
+        let scanned = scan_once(core).await;
+        // An error counts no more than a result: it may come from what lies where the table was.
         if core.space.refs.table_moves() == moves {
-            break (scanned, cluster_bits);
+            break scanned?;
         }
     };
     if scanned.check_errors > 0 || scanned.lost || scanned.corruptions > 0 {
