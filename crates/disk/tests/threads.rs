@@ -13,13 +13,13 @@ use parking_lot::Mutex;
 use rand::{SeedableRng, rngs::SmallRng};
 use readonce_disk::{Disk, Top, ZeroMode};
 use readonce_storage::{Rt, SimFile, Storage, sim::NowCalls};
+use readonce_testkit::schedules::{Shared, ShuttleRuntime, drawn, schedules, turns};
 use shuttle::scheduler::{PctScheduler, RandomScheduler, Scheduler};
 use support::{
     exec::Exec,
     guest::{Guest, Request},
     model::Model,
     origin::{SECTOR, SimOrigin, stamp_of},
-    threads::{Shared, ShuttleRuntime, drawn, schedules, turns},
     world::{
         Kind, Leaks, QCOW2, QCOW2_EXTENDED, QCOW2_LAZY, QCOW2_SNAPSHOTS, QED, filling, for_kinds, raw_over,
     },

@@ -1,10 +1,6 @@
 //! Requests of all classes at one origin, under schedules that shuttle draws, switched at waits and at each short lock: the places of
 //! `schedule` by themselves, and fetches over a transport that redirects, expires and breaks off.
 
-#[path = "../../disk/tests/support/threads.rs"]
-#[allow(dead_code, reason = "a test takes what it needs")]
-mod threads;
-
 use std::{
     collections::BTreeMap,
     ops::Range,
@@ -21,11 +17,11 @@ use readonce_origin::{
     transport::{Head, Request, Response, Transport, TransportError},
 };
 use readonce_storage::{BoxFuture, Rt};
+use readonce_testkit::schedules::{Shared, ShuttleRuntime, drawn, schedules, turns};
 use shuttle::{
     future::spawn,
     scheduler::{PctScheduler, RandomScheduler},
 };
-use threads::{Shared, ShuttleRuntime, drawn, schedules, turns};
 
 const RANDOM_SCHEDULES: usize = 1_500;
 const PCT_SCHEDULES: usize = 500;

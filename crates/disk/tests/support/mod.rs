@@ -8,5 +8,4 @@ pub mod fake;
 pub mod guest;
 pub mod model;
 pub mod origin;
-pub mod threads;
 pub mod world;

@@ -1,4 +1,6 @@
 //! Tests under shuttle: schedules that switch at I/O, at waits and at short locks, and the runtime of their tasks, whose time is turns.
+//!
+//! Behind the feature `schedules`, which makes `readonce_storage::sync` tell where a task may be switched.
 
 use std::{
     cell::Cell,
@@ -72,6 +74,7 @@ pub struct ShuttleRuntime {
 }
 
 impl ShuttleRuntime {
+    /// At the beginning of time.
     pub fn new() -> Arc<Self> {
         Arc::default()
     }
@@ -97,7 +100,10 @@ pub async fn turns(count: u64) {
 }
 
 /// The runtime as the engine takes it.
-pub struct Shared(pub Arc<ShuttleRuntime>);
+pub struct Shared(
+    /// Whose tasks and time.
+    pub Arc<ShuttleRuntime>,
+);
 
 impl Runtime for Shared {
     fn now(&self) -> Moment {
