@@ -355,6 +355,10 @@ fn pack(bytes: &mut [u8], plan: &Plan, draw: &mut Draw<'_>) {
             continue;
         }
         let table = (table & OFFSET) as usize;
+        if table + cluster > bytes.len() {
+            // It names nothing, and was cut off with the hole that it lies in.
+            continue;
+        }
         for at in (table..table + cluster).step_by(entry_bytes).take(64) {
             let entry = word(bytes, at);
             let offset = (entry & OFFSET) as usize;
