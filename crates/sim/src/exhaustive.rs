@@ -11,6 +11,7 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
+use readonce_disk::ZeroMode;
 use readonce_format::driver::{Repair, SnapshotChange};
 use readonce_storage::sim::{Fault, Lasts};
 use readonce_testkit::exec::{Digest, Exec};
@@ -160,7 +161,7 @@ fn scripts(layout: &Layout) -> Vec<Script> {
             vec![filled()],
             one(
                 vec![
-                    Op::Zero(cluster, cluster, false),
+                    Op::Zero(cluster, cluster, ZeroMode::default()),
                     Op::Trim(3 * cluster, cluster),
                     Op::Flush,
                     Op::Write(8 * cluster, cluster),
@@ -201,7 +202,7 @@ fn scripts(layout: &Layout) -> Vec<Script> {
                         Op::Write(cluster, 1),
                         Op::Write(3 * cluster, 2 * cluster),
                         Op::Flush,
-                        Op::Zero(0, cluster, false),
+                        Op::Zero(0, cluster, ZeroMode::default()),
                     ],
                     Close::Yes,
                 ),
@@ -289,6 +290,7 @@ fn perform(world: &Arc<World>, disks: &Disks, model: Model, act: &Act, kept: Opt
                 below: disks.below(),
                 scarce: false,
                 lazy: false,
+                punctual: false,
             });
             let (world, inner, disks) = (Arc::clone(world), Arc::clone(&exec), disks.clone());
             let (ops, close, told) = (ops.clone(), *close, Arc::clone(&shared));

@@ -4,7 +4,7 @@
 //!
 //! Not here: what the answers may be (`model`).
 
-use std::{sync::Arc, time::Duration};
+use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll, time::Duration};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -14,7 +14,7 @@ use readonce_testkit::exec::Digest;
 
 use crate::{
     model::{Ended, Model},
-    plan::Op,
+    plan::{Left, Op},
     server::Server,
     stamp,
 };
@@ -41,6 +41,8 @@ pub struct Faults {
     pub scarce: bool,
     /// What lies below the top is opened when it is needed: any fault of its disk may keep it from that.
     pub lazy: bool,
+    /// Time passes only where somebody waits for it: for the origin, mostly.
+    pub punctual: bool,
 }
 
 /// A guest.
@@ -63,8 +65,22 @@ pub struct Guest {
 impl Faults {
     /// What lies behind the guests' image met a fault that its readers may see.
     pub fn behind(&self) -> bool {
+        self.server.fault_hits() > 0 || self.below()
+    }
+
+    /// The same, and asking again does not help.
+    fn behind_for_good(&self) -> bool {
+        self.server.hard_hits() > 0 || self.below()
+    }
+
+    fn below(&self) -> bool {
         let kinds = if self.lazy { &ALL[..] } else { &[Fault::Eio] };
-        self.server.fault_hits() > 0 || hits(&self.below, kinds) > 0
+        hits(&self.below, kinds) > 0
+    }
+
+    /// Nothing went wrong so far, and there is memory for all.
+    pub fn none(&self) -> bool {
+        !self.scarce && !self.disk() && self.server.fault_hits() == 0
     }
 
     /// The guests' image met a fault of its disk.
@@ -109,7 +125,7 @@ impl Guest {
     pub async fn op(&self, op: Op) {
         match op {
             Op::Read(at, count) => self.read(at, count).await,
-            Op::Abandon(at, count) => self.abandon(at, count).await,
+            Op::Abandon(left, at, count) => self.abandon(left, at, count).await,
             Op::Write(at, count) => {
                 self.write(at, count).await;
             }
@@ -118,15 +134,10 @@ impl Guest {
                     self.flush().await;
                 }
             }
-            Op::Zero(at, count, keep_space) => {
-                let begin = self.shared.lock().model.begin_write(at, count, |_| stamp::ZERO);
-                let mode = ZeroMode { keep_space, only_if_fast: false };
-                let zeroed = self.disk.write_zeroes(at * self.cell, count * self.cell, mode).await;
-                self.wrote("zeroes", zeroed, (at, count), begin, Ended::Done);
-            }
+            Op::Zero(at, count, mode) => self.zero(at, count, mode).await,
             Op::Trim(at, count) => {
                 let begin = self.shared.lock().model.begin_write(at, count, |_| stamp::ZERO);
-                let trimmed = self.disk.trim(at * self.cell, count * self.cell).await;
+                let trimmed = self.at_once(self.disk.trim(at * self.cell, count * self.cell)).await;
                 self.wrote("trim", trimmed, (at, count), begin, Ended::Maybe);
             }
             Op::Flush => self.flush().await,
@@ -143,7 +154,19 @@ impl Guest {
 
     /// I5: what fills an image may fail by "no space" as it likes, the read does not.
     fn reads_may_fail(&self) -> bool {
-        self.faults.behind() || hits(&self.faults.own, &[Fault::Eio]) > 0
+        self.faults.behind_for_good() || hits(&self.faults.own, &[Fault::Eio]) > 0
+    }
+
+    /// I7: what a guest writes never waits for the origin, but for memory.
+    async fn at_once<T>(&self, work: impl Future<Output = T>) -> T {
+        let begin = self.rt.now();
+        let done = work.await;
+        let waited = self.rt.now() - begin;
+        assert!(
+            !self.faults.punctual || self.faults.scarce || waited.is_zero(),
+            "a write waited for {waited:?}"
+        );
+        done
     }
 
     fn may_fail(&self, what: &str, error: Option<DeviceError>, may: bool) {
@@ -175,23 +198,57 @@ impl Guest {
         }
     }
 
-    async fn abandon(&self, first: u64, count: u64) {
-        let read = self.disk.read(first * self.cell, (count * self.cell) as usize);
-        let patience = Duration::from_millis(self.rt.random() % 20);
-        let _ = timeout(&self.rt, patience, read).await;
+    /// Begins, and goes away soon. What is written so may be there at any time from now on.
+    async fn abandon(&self, left: Left, first: u64, count: u64) {
+        let (offset, len) = (first * self.cell, count * self.cell);
+        let patience = self.rt.random();
+        match left {
+            Left::Read => {
+                let read = self.disk.read(offset, len as usize);
+                let _ = timeout(&self.rt, Duration::from_millis(patience % 20), read).await;
+            }
+            Left::Write => {
+                let (data, _) = self.begin_write(first, count);
+                for_turns(patience % TURNS_MAX, self.disk.write(offset, data)).await;
+            }
+            Left::Zero => {
+                self.shared.lock().model.begin_write(first, count, |_| stamp::ZERO);
+                for_turns(patience % TURNS_MAX, self.disk.write_zeroes(offset, len, ZeroMode::default()))
+                    .await;
+            }
+            Left::Trim => {
+                self.shared.lock().model.begin_write(first, count, |_| stamp::ZERO);
+                for_turns(patience % TURNS_MAX, self.disk.trim(offset, len)).await;
+            }
+            Left::Flush => for_turns(patience % TURNS_MAX, self.disk.flush()).await,
+        }
+    }
+
+    async fn zero(&self, first: u64, count: u64, mode: ZeroMode) {
+        let begin = self.shared.lock().model.begin_write(first, count, |_| stamp::ZERO);
+        let work = self.disk.write_zeroes(first * self.cell, count * self.cell, mode);
+        let zeroed = self.at_once(work).await;
+        if mode.only_if_fast && matches!(zeroed, Err(DeviceError::NotFast)) {
+            self.shared.lock().model.end_write(first, count, begin, Ended::Maybe);
+            return;
+        }
+        self.wrote("zeroes", zeroed, (first, count), begin, Ended::Done);
+    }
+
+    /// The bytes of a write that begins, and its begin.
+    fn begin_write(&self, first: u64, count: u64) -> (Bytes, u64) {
+        let mut data = vec![0; (count * self.cell) as usize];
+        let mut shared = self.shared.lock();
+        let write = shared.model.next_write();
+        stamp::fill(&mut data, self.cell, first, |at| stamp::of_write(write, at));
+        (data.into(), shared.model.begin_write(first, count, |at| stamp::of_write(write, at)))
     }
 
     async fn write(&self, first: u64, count: u64) -> bool {
-        let mut data = vec![0; (count * self.cell) as usize];
-        let begin = {
-            let mut shared = self.shared.lock();
-            let write = shared.model.next_write();
-            stamp::fill(&mut data, self.cell, first, |at| stamp::of_write(write, at));
-            shared.model.begin_write(first, count, |at| stamp::of_write(write, at))
-        };
+        let (data, begin) = self.begin_write(first, count);
         let written = match self.disk.write_now(first * self.cell, &data) {
             Some(written) => written,
-            None => self.disk.write(first * self.cell, Bytes::from(data)).await,
+            None => self.at_once(self.disk.write(first * self.cell, data)).await,
         };
         self.wrote("write", written, (first, count), begin, Ended::Done)
     }
@@ -221,13 +278,41 @@ impl Guest {
     }
 
     async fn status(&self, offset: u64, len: u64) {
-        match self.disk.status(offset, len, 64).await {
+        let begin = self.shared.lock().model.begin_read();
+        let status = self.disk.status(offset, len, 64).await;
+        let mut shared = self.shared.lock();
+        shared.model.drop_read(begin);
+        match status {
             Ok(extents) => {
                 assert!(!extents.is_empty(), "status tells of at least one byte");
-                assert!(extents.iter().all(|extent| extent.len > 0), "an extent has a byte");
-                assert!(extents.iter().map(|extent| extent.len).sum::<u64>() <= len, "status tells too much");
+                let mut at = offset;
+                for extent in extents {
+                    assert!(extent.len > 0, "an extent has a byte");
+                    if extent.zero {
+                        shared.model.are_zeros(at..at + extent.len, begin);
+                    }
+                    at += extent.len;
+                }
+                assert!(at <= offset + len, "status tells too much");
             }
             Err(error) => self.may_fail("status", Some(error), self.reads_may_fail()),
         }
     }
+}
+
+/// Turns that a guest which goes away waits, at most.
+const TURNS_MAX: u64 = 6;
+
+/// Polls `work` so many times, and once more, and lets it go.
+async fn for_turns<T>(turns: u64, work: impl Future<Output = T>) {
+    let mut work = pin!(work);
+    let mut left = turns;
+    poll_fn(|context| match work.as_mut().poll(context) {
+        Poll::Pending if left > 0 => {
+            left -= 1;
+            Poll::Pending
+        }
+        _ => Poll::Ready(()),
+    })
+    .await;
 }

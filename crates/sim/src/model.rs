@@ -154,6 +154,19 @@ impl Model {
         }
     }
 
+    /// Cells that begin and end between these bytes are zeros, says a status that began with `begin`.
+    ///
+    /// # Panics
+    /// When one cannot be.
+    pub fn are_zeros(&self, bytes: Range<u64>, begin: Tick) {
+        for at in bytes.start.div_ceil(self.cell_size)..bytes.end / self.cell_size {
+            let cell = &self.cells[at as usize];
+            if !cell.check(stamp::ZERO, begin, begin) {
+                cell.wrong("status", at, Some(stamp::ZERO), begin);
+            }
+        }
+    }
+
     /// A flush that began then completed.
     pub fn end_flush(&mut self, begin: Tick) {
         self.flushed = self.flushed.max(begin);

@@ -9,6 +9,7 @@
 use std::collections::BTreeSet;
 
 use rand::{Rng, SeedableRng, rngs::SmallRng};
+use readonce_disk::ZeroMode;
 use readonce_storage::sim::{Fault, Lasts};
 
 use crate::shape::{Formats, Shape};
@@ -56,14 +57,14 @@ pub struct Session {
 pub enum Op {
     /// Reads.
     Read(u64, u64),
-    /// Begins a read and goes away.
-    Abandon(u64, u64),
+    /// Begins something and goes away.
+    Abandon(Left, u64, u64),
     /// Writes.
     Write(u64, u64),
     /// Writes, then flushes.
     WriteThrough(u64, u64),
-    /// Zeroes; whether the space is kept.
-    Zero(u64, u64, bool),
+    /// Zeroes.
+    Zero(u64, u64, ZeroMode),
     /// Discards.
     Trim(u64, u64),
     /// Flushes.
@@ -76,6 +77,43 @@ pub enum Op {
     Pause(u64),
     /// Turns copy-on-read on or off.
     CopyOnRead(bool),
+}
+
+/// What a guest that goes away had begun.
+#[derive(Debug, Clone, Copy)]
+pub enum Left {
+    /// A read.
+    Read,
+    /// A write.
+    Write,
+    /// Zeroing.
+    Zero,
+    /// A discard.
+    Trim,
+    /// A flush.
+    Flush,
+}
+
+impl Op {
+    /// The cells that it may change.
+    pub fn changes(self) -> Option<(u64, u64)> {
+        match self {
+            Self::Write(at, count)
+            | Self::WriteThrough(at, count)
+            | Self::Zero(at, count, _)
+            | Self::Trim(at, count) => Some((at, count)),
+            Self::Abandon(Left::Write | Left::Zero | Left::Trim, at, count) => Some((at, count)),
+            _ => None,
+        }
+    }
+
+    /// The cells that it makes local, where the image fills.
+    pub fn brings(self) -> Option<(u64, u64)> {
+        match self {
+            Self::Read(at, count) | Self::Cache(at, count) => Some((at, count)),
+            _ => None,
+        }
+    }
 }
 
 /// What is done between two sessions.
@@ -163,6 +201,23 @@ pub enum OriginFault {
     Changed(u64),
     /// Refuses every connection for so many requests.
     Dead(u64),
+}
+
+impl OriginFault {
+    /// Whether it may fail a read however often that is tried.
+    pub fn is_hard(self) -> bool {
+        match self {
+            Self::Slow(_)
+            | Self::Stall
+            | Self::Reset
+            | Self::TooMany(_)
+            | Self::Cut(_)
+            | Self::Truncate(_)
+            | Self::StallBody(_) => false,
+            Self::Status(status) => matches!(status, 404 | 412),
+            Self::WrongRange | Self::Longer | Self::Whole | Self::Changed(_) | Self::Dead(_) => true,
+        }
+    }
 }
 
 /// How a session ends.
@@ -321,10 +376,10 @@ impl Draw {
         let (at, len) = self.range(local);
         match self.rng.random_range(0..100) {
             0..40 => Op::Read(at, len),
-            40..42 => Op::Abandon(at, len),
-            42..70 => Op::Write(at, len),
+            40..43 => Op::Abandon(self.left(), at, len),
+            43..70 => Op::Write(at, len),
             70..73 => Op::WriteThrough(at, len),
-            73..80 => Op::Zero(at, len, self.rng.random()),
+            73..80 => Op::Zero(at, len, self.zero_mode()),
             80..86 => Op::Trim(at, len),
             86..90 => Op::Flush,
             90..93 => Op::Cache(at, len),
@@ -340,14 +395,22 @@ impl Draw {
         match self.rng.random_range(0..100) {
             0..35 => Op::Read(at, len),
             35..38 => Op::Cache(at, len),
-            38..40 => Op::Abandon(at, len),
-            40..55 => Op::Zero(at, len, self.rng.random()),
+            38..42 => Op::Abandon(self.left(), at, len),
+            42..55 => Op::Zero(at, len, self.zero_mode()),
             55..70 => Op::Trim(at, len),
             70..90 => Op::Write(at, len),
             90..94 => Op::Flush,
             94..99 => Op::Pause([1, 30, 600, 7_000][self.rng.random_range(0..4)]),
             _ => Op::CopyOnRead(self.rng.random()),
         }
+    }
+
+    fn left(&mut self) -> Left {
+        [Left::Read, Left::Write, Left::Zero, Left::Trim, Left::Flush][self.rng.random_range(0..5)]
+    }
+
+    fn zero_mode(&mut self) -> ZeroMode {
+        ZeroMode { keep_space: self.rng.random(), only_if_fast: self.once_in(4) }
     }
 
     fn changing(&mut self) -> Changing {

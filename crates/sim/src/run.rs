@@ -3,9 +3,10 @@
 //! - What is wrong panics, with words for it. The same plan gives the same run, to the byte: its digest says so.
 //!
 //! Not here: what is drawn (`plan`), what must be true afterwards (`verdict`), images that are damaged (`mending`), what may be refused
-//! (`asking` of a format, `mounting` of a chain).
+//! (`asking` of a format, `mounting` of a chain), what is fetched and kept (`locality`).
 
 mod asking;
+mod locality;
 mod mending;
 mod mounting;
 
@@ -172,7 +173,8 @@ impl Run {
             self.change(change);
         }
         let start = Instant::now();
-        let exec = Exec::new(session.schedule);
+        let punctual = self.rng.random_range(0..4) == 0;
+        let exec = if punctual { Exec::punctual(session.schedule) } else { Exec::new(session.schedule) };
         let server = self.world.server(exec.rt(), 40);
         let way = if self.rng.random_range(0..3) == 0 { Way::Chain } else { Way::Hand };
         let how = OpenAs { copy_on_read: session.copy_on_read, budget: session.budget, way };
@@ -197,6 +199,7 @@ impl Run {
             below: self.disks.below(),
             scarce: session.budget < 1 << 20 && way == Way::Hand,
             lazy: way == Way::Chain,
+            punctual,
         });
         let opened = {
             let (world, disks) = (Arc::clone(&self.world), self.disks.clone());
@@ -216,7 +219,12 @@ impl Run {
                 false
             }
             (Ok(opened), End::Close { healed }) => {
+                let before = locality::of(&exec, &opened.disk, self.world.shape.cell);
                 exec.run(self.guests(session, &exec, &opened, &faults));
+                if faults.none() {
+                    let after = locality::of(&exec, &opened.disk, self.world.shape.cell);
+                    locality::judge(session, &self.world.shape, (&before, &after), server.sent_again());
+                }
                 if healed {
                     server.heal();
                     self.disks.all().for_each(|file| file.heal());

@@ -25,6 +25,9 @@ pub struct Served {
     pub changed: Bytes,
 }
 
+/// A probe asks for one byte.
+const PROBE_BYTES: u64 = 1;
+
 /// The server.
 pub struct Server {
     rt: Rt,
@@ -46,7 +49,25 @@ struct State {
     hits: u64,
     /// Answers that were not good.
     bad: u64,
-    served_bytes: u64,
+    /// Met faults that asking again does not mend.
+    hard_hits: u64,
+    /// What was sent of each file so far, and how many bytes of that were sent again.
+    sent: BTreeMap<String, BTreeMap<u64, u64>>,
+    sent_again: u64,
+}
+
+impl State {
+    /// Takes in that these bytes are sent.
+    fn sends(&mut self, path: &str, range: Range<u64>) {
+        let sent = self.sent.entry(path.to_owned()).or_default();
+        let Range { mut start, mut end } = range.clone();
+        while let Some((&from, &to)) = sent.range(..=end).next_back().filter(|&(_, &to)| to >= start) {
+            self.sent_again += to.min(range.end).saturating_sub(from.max(range.start));
+            sent.remove(&from);
+            (start, end) = (start.min(from), end.max(to));
+        }
+        sent.insert(start, end);
+    }
 }
 
 /// How a body goes.
@@ -97,9 +118,14 @@ impl Server {
         self.state.lock().bad
     }
 
-    /// Bytes of bodies so far.
-    pub fn served_bytes(&self) -> u64 {
-        self.state.lock().served_bytes
+    /// Faults that were met and that asking again does not mend.
+    pub fn hard_hits(&self) -> u64 {
+        self.state.lock().hard_hits
+    }
+
+    /// Bytes that were sent before; what a probe asks for is not counted.
+    pub fn sent_again(&self) -> u64 {
+        self.state.lock().sent_again
     }
 
     async fn answer(&self, request: Request) -> Result<Response, TransportError> {
@@ -110,6 +136,7 @@ impl Server {
             let mut fault = None;
             for armed in state.faults.remove(&number).unwrap_or_default() {
                 state.hits += 1;
+                state.hard_hits += u64::from(armed.is_hard());
                 match armed {
                     OriginFault::Changed(count) => state.changed_until = number + count,
                     OriginFault::Dead(count) => state.dead_until = number + count,
@@ -192,6 +219,10 @@ impl Server {
             }
             Some(OriginFault::WrongRange) => {
                 say(start + 1..end + 1);
+                if end < len {
+                    // And means it.
+                    bytes = all.slice(start as usize + 1..end as usize + 1);
+                }
                 BodyEnd::Whole
             }
             Some(OriginFault::Longer) => {
@@ -213,7 +244,9 @@ impl Server {
             let from = start as usize - back;
             bytes = all.slice(from..from + bytes.len());
         }
-        state.served_bytes += bytes.len() as u64;
+        if end - start > PROBE_BYTES {
+            state.sends(request.url.path(), start..start + bytes.len() as u64);
+        }
         drop(state);
         Response { head, body: self.body(bytes, body_end) }
     }
