@@ -7,7 +7,10 @@
 //!
 //! Not here: torn operations; the seeded runs have them.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, atomic::AtomicBool},
+};
 
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
@@ -290,6 +293,8 @@ fn perform(world: &Arc<World>, disks: &Disks, model: Model, act: &Act, kept: Opt
                 below: disks.below(),
                 scarce: false,
                 lazy: false,
+                going: false,
+                latched: AtomicBool::new(false),
                 punctual: false,
             });
             let (world, inner, disks) = (Arc::clone(world), Arc::clone(&exec), disks.clone());

@@ -4,7 +4,16 @@
 //!
 //! Not here: what the answers may be (`model`).
 
-use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll, time::Duration};
+use std::{
+    future::poll_fn,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::Poll,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -41,6 +50,10 @@ pub struct Faults {
     pub scarce: bool,
     /// What lies below the top is opened when it is needed: any fault of its disk may keep it from that.
     pub lazy: bool,
+    /// A guest goes away in the midst of a change: it may be under way when the image is closed.
+    pub going: bool,
+    /// A write or a sync of the guests' image failed, and they were told.
+    pub latched: AtomicBool,
     /// Time passes only where somebody waits for it: for the origin, mostly.
     pub punctual: bool,
 }
@@ -74,7 +87,7 @@ impl Faults {
     }
 
     fn below(&self) -> bool {
-        let kinds = if self.lazy { &ALL[..] } else { &[Fault::Eio] };
+        let kinds = if self.lazy { &ALL[..] } else { &OF_READS[..] };
         hits(&self.below, kinds) > 0
     }
 
@@ -88,13 +101,21 @@ impl Faults {
         hits(&self.own, &ALL) > 0
     }
 
+    /// All that can have failed so far is writes and syncs of the guests' image, by an I/O error.
+    fn only_writes_failed(&self) -> bool {
+        let reads = self.own.iter().map(|file| file.read_fault_hits()).sum::<u64>();
+        reads + hits(&self.own, &[Fault::NoSpace]) + hits(&self.below, &ALL) + self.server.fault_hits() == 0
+    }
+
     /// Any disk met a fault.
     pub fn disk(&self) -> bool {
         self.own() || hits(&self.below, &ALL) > 0
     }
 }
 
-const ALL: [Fault; 3] = [Fault::Eio, Fault::NoSpace, Fault::SyncFails];
+const ALL: [Fault; 4] = [Fault::Eio, Fault::NoSpace, Fault::SyncFails, Fault::Short];
+/// Those that a read may meet.
+pub const OF_READS: [Fault; 2] = [Fault::Eio, Fault::Short];
 
 /// How often these files met these faults.
 pub fn hits(files: &[Arc<SimFile>], faults: &[Fault]) -> u64 {
@@ -154,7 +175,7 @@ impl Guest {
 
     /// I5: what fills an image may fail by "no space" as it likes, the read does not.
     fn reads_may_fail(&self) -> bool {
-        self.faults.behind_for_good() || hits(&self.faults.own, &[Fault::Eio]) > 0
+        self.faults.behind_for_good() || hits(&self.faults.own, &OF_READS) > 0
     }
 
     /// I7: what a guest writes never waits for the origin, but for memory.
@@ -253,6 +274,13 @@ impl Guest {
         self.wrote("write", written, (first, count), begin, Ended::Done)
     }
 
+    /// Who was told of a failed write, or of a failed sync, is told so from now on.
+    fn latch(&self, result: &Result<(), DeviceError>) {
+        if matches!(result, Err(DeviceError::Io(_))) && self.faults.only_writes_failed() {
+            self.faults.latched.store(true, Ordering::Relaxed);
+        }
+    }
+
     fn wrote(
         &self,
         what: &str,
@@ -261,6 +289,7 @@ impl Guest {
         begin: u64,
         done: Ended,
     ) -> bool {
+        self.latch(&result);
         let ended = if result.is_ok() { done } else { Ended::Maybe };
         self.shared.lock().model.end_write(first, count, begin, ended);
         let ok = result.is_ok();
@@ -270,8 +299,12 @@ impl Guest {
     }
 
     async fn flush(&self) {
-        let begin = self.shared.lock().model.tick();
-        match self.disk.flush().await {
+        let (begin, latched) = (self.shared.lock().model.tick(), self.faults.latched.load(Ordering::Relaxed));
+        let result = self.disk.flush().await;
+        // I5: once a write or a sync failed, no flush says that all is well.
+        assert!(!latched || result.is_err(), "a flush went well though a write had failed for good");
+        self.latch(&result);
+        match result {
             Ok(()) => self.shared.lock().model.end_flush(begin),
             Err(error) => self.may_fail("flush", Some(error), self.faults.own() || self.faults.behind()),
         }

@@ -228,8 +228,19 @@ pub enum End {
         /// They were.
         healed: bool,
     },
-    /// The power goes after so many steps of the executor; the seed draws what the disk keeps.
-    PowerLoss(u64, u64),
+    /// The power goes in the midst of this, after so many steps of the executor; the seed draws what the disk keeps.
+    PowerLoss(During, u64, u64),
+}
+
+/// When the power goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum During {
+    /// The images are being opened.
+    Opening,
+    /// Guests are at work.
+    Work,
+    /// Guests have ended, the images are being closed.
+    Closing,
 }
 
 /// Draws plans.
@@ -238,6 +249,8 @@ struct Draw {
     id: Id,
     cells: u64,
     cluster_cells: u64,
+    /// Cells of a large request.
+    cells_max: u64,
 }
 
 impl Plan {
@@ -248,14 +261,15 @@ impl Plan {
         let cells = shape.size / shape.cell;
         let cluster_cells = (shape.top.cluster_size / shape.cell).max(1);
         let count = rng.random_range(2..6);
-        let mut draw = Draw { rng, id: 0, cells, cluster_cells };
+        let cells_max = if shape.is_big() { 2048 } else { 256 };
+        let mut draw = Draw { rng, id: 0, cells, cluster_cells, cells_max };
         let sessions = (0..count).map(|number| draw.session(number, number + 1 == count, &shape)).collect();
         let mut plan = Self { seed, shape, sessions };
         if salt > 0 {
             let mut rng = SmallRng::seed_from_u64(salt);
             for session in &mut plan.sessions {
                 session.schedule ^= rng.random::<u64>();
-                if let End::PowerLoss(polls, keep) = &mut session.end {
+                if let End::PowerLoss(_, polls, keep) = &mut session.end {
                     *keep ^= rng.random::<u64>();
                     *polls = rng.random_range(0..=*polls);
                 }
@@ -305,7 +319,7 @@ impl Draw {
 
     fn session(&mut self, number: u32, last: bool, shape: &Shape) -> Session {
         let guests = self.rng.random_range(1..9);
-        let ops = [8, 40, 160][self.rng.random_range(0..3)];
+        let ops = [8, 40, 160][self.rng.random_range(0..if shape.is_big() { 1 } else { 3 })];
         // What a session is like: some have no faults, most have no faults of the disk.
         let disk_faults = if last || !self.once_in(4) { 0 } else { self.rng.random_range(1..3) };
         let origin_faults = if self.once_in(2) { 0 } else { self.rng.random_range(1..6) };
@@ -354,8 +368,13 @@ impl Draw {
             end: if last || self.once_in(4) {
                 End::Close { healed: last || self.rng.random() }
             } else {
-                let polls_max: u64 = 1 << self.rng.random_range(4..15);
-                End::PowerLoss(self.rng.random_range(0..polls_max), self.rng.random())
+                let (during, bits) = match self.rng.random_range(0..16) {
+                    0 => (During::Opening, 3..9),
+                    1..3 => (During::Closing, 3..11),
+                    _ => (During::Work, 4..15),
+                };
+                let polls_max: u64 = 1 << self.rng.random_range(bits);
+                End::PowerLoss(during, self.rng.random_range(0..polls_max), self.rng.random())
             },
         }
     }
@@ -366,8 +385,8 @@ impl Draw {
         let first = self.rng.random_range(0..cells);
         let (first, count) = match self.rng.random_range(0..8) {
             0..5 => (first, self.rng.random_range(1..9)),
-            5..7 => (first / cluster * cluster, cluster.min(256)),
-            _ => (first, self.rng.random_range(1..(cluster * 3).clamp(2, 400))),
+            5..7 => (first / cluster * cluster, cluster.min(self.cells_max)),
+            _ => (first, self.rng.random_range(1..(cluster * 3).clamp(2, self.cells_max * 3 / 2))),
         };
         (first, count.min(self.cells - first))
     }
@@ -416,8 +435,8 @@ impl Draw {
     fn changing(&mut self) -> Changing {
         let change = self.change();
         let fault = (!self.once_in(3)).then(|| {
-            let fault = [Fault::Eio, Fault::Eio, Fault::Eio, Fault::NoSpace, Fault::SyncFails]
-                [self.rng.random_range(0..5)];
+            let fault = [Fault::Eio, Fault::Eio, Fault::Eio, Fault::NoSpace, Fault::SyncFails, Fault::Short]
+                [self.rng.random_range(0..6)];
             let nth_max = if fault == Fault::SyncFails { 6 } else { 1 << self.rng.random_range(1..8) };
             let lasts = if self.once_in(3) { Lasts::Once } else { Lasts::ForGood };
             DiskFault { nth: self.rng.random_range(1..=nth_max), fault, lasts }
@@ -445,12 +464,12 @@ impl Draw {
     }
 
     fn disk_fault(&mut self) -> DiskFault {
-        let fault =
-            [Fault::Eio, Fault::NoSpace, Fault::NoSpace, Fault::SyncFails][self.rng.random_range(0..4)];
+        let fault = [Fault::Eio, Fault::Short, Fault::NoSpace, Fault::NoSpace, Fault::SyncFails]
+            [self.rng.random_range(0..5)];
         let nth_max = if fault == Fault::SyncFails { 8 } else { 1 << self.rng.random_range(1..11) };
         let lasts = match fault {
-            // For good it is a machine that died; that is what power losses are for.
-            Fault::Eio => Lasts::Once,
+            // For good it is a disk that died.
+            Fault::Eio | Fault::Short if !self.once_in(4) => Lasts::Once,
             _ if self.once_in(2) => Lasts::Once,
             _ => Lasts::ForGood,
         };

@@ -12,7 +12,7 @@ mod mounting;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 
@@ -28,9 +28,9 @@ use readonce_testkit::exec::{Digest, Exec};
 
 use crate::{
     bug::Bug,
-    guest::{self, Faults, Guest, Shared, hits},
+    guest::{self, Faults, Guest, OF_READS, Shared, hits},
     model::{Ended, Model},
-    plan::{Change, Changing, End, Plan, Session, Which},
+    plan::{Change, Changing, During, End, Op, Plan, Session, Which},
     remote::Packing,
     shape::Remote,
     verdict::{Flags, Leaks, Look, Qemu, judge},
@@ -39,6 +39,9 @@ use crate::{
 
 /// A close never waits longer for the origin, and time costs nothing.
 const CLOSE_WAIT: Duration = Duration::from_secs(3600);
+
+/// A bound of what is in flight that no session meets, bytes.
+const PLENTY: u64 = 64 << 20;
 
 /// Of so many looks, one is followed by opening the chain with options drawn without sense.
 const MOUNTED: u32 = 4;
@@ -197,28 +200,50 @@ impl Run {
             server: Arc::clone(&server),
             own: self.disks.own(),
             below: self.disks.below(),
-            scarce: session.budget < 1 << 20 && way == Way::Hand,
+            scarce: session.budget < PLENTY && way == Way::Hand,
             lazy: way == Way::Chain,
+            going: session
+                .guests
+                .iter()
+                .flatten()
+                .any(|(_, op)| matches!(op, Op::Abandon(..)) && op.changes().is_some()),
+            latched: AtomicBool::new(false),
             punctual,
         });
-        let opened = {
+        let opening = {
             let (world, disks) = (Arc::clone(&self.world), self.disks.clone());
             let (inner, server) = (Arc::clone(&exec), Arc::clone(&server));
-            exec.run(async move { world.open(&disks, &inner, &server, how).await })
+            async move { world.open(&disks, &inner, &server, how).await }
+        };
+        let opened = match session.end {
+            End::PowerLoss(During::Opening, polls, _) => exec.run_for(opening, polls),
+            _ => Some(exec.run(opening)),
         };
         let closed = match (opened, session.end) {
-            (Err(error), _) => {
+            (None, _) => {
+                self.figures.crashes += 1;
+                false
+            }
+            (Some(Err(error)), _) => {
                 let unpinned = self.world.shape.pinned_late && server.fault_hits() > 0;
                 assert!(faults.disk() || unpinned, "the images do not open: {error}");
                 self.figures.refusals += 1;
                 false
             }
-            (Ok(opened), End::PowerLoss(polls, _)) => {
+            (Some(Ok(opened)), End::PowerLoss(During::Closing, polls, _)) => {
+                exec.run(self.guests(session, &exec, &opened, &faults));
+                let fills_below = opened.fills_below();
+                let clean = self.close(&exec, opened, &faults, Some(polls));
+                self.leaky_below &= !(clean && fills_below);
+                self.figures.crashes += 1;
+                clean
+            }
+            (Some(Ok(opened)), End::PowerLoss(_, polls, _)) => {
                 exec.run_for(self.guests(session, &exec, &opened, &faults), polls);
                 self.figures.crashes += 1;
                 false
             }
-            (Ok(opened), End::Close { healed }) => {
+            (Some(Ok(opened)), End::Close { healed }) => {
                 let before = locality::of(&exec, &opened.disk, self.world.shape.cell);
                 exec.run(self.guests(session, &exec, &opened, &faults));
                 if faults.none() {
@@ -230,7 +255,7 @@ impl Run {
                     self.disks.all().for_each(|file| file.heal());
                 }
                 let fills_below = opened.fills_below();
-                let clean = self.close(&exec, opened, &faults);
+                let clean = self.close(&exec, opened, &faults, None);
                 self.leaky_below &= !(clean && fills_below);
                 self.figures.closes += u64::from(clean);
                 clean
@@ -239,7 +264,7 @@ impl Run {
         exec.power_off();
         self.figures.polls += exec.polls();
         let keep = match session.end {
-            End::PowerLoss(_, keep) => keep,
+            End::PowerLoss(_, _, keep) => keep,
             // After a clean close nothing is owed to luck either: the power goes now.
             End::Close { .. } => self.rng.random(),
         };
@@ -282,14 +307,20 @@ impl Run {
         guest::all(session.guests.iter().map(|list| (guest.clone(), ops(list))).collect(), exec.rt())
     }
 
-    /// Closes; whether all of it was clean.
-    fn close(&self, exec: &Arc<Exec>, opened: Opened, faults: &Faults) -> bool {
+    /// Closes, or is cut off after so many steps; whether all of it was clean.
+    fn close(&self, exec: &Arc<Exec>, opened: Opened, faults: &Faults, polls_max: Option<u64>) -> bool {
         let bad_before = faults.server.bad_answers();
         let full = |files: &[_]| hits(files, &[Fault::NoSpace]);
         let full_before = [full(&faults.own), full(&faults.below)];
-        let [top, middle] = exec.run(async move { opened.close(CLOSE_WAIT).await });
+        let closing = async move { opened.close(CLOSE_WAIT).await };
+        let ended = match polls_max {
+            Some(polls) => exec.run_for(closing, polls),
+            None => Some(exec.run(closing)),
+        };
+        // What was cut off promised nothing.
+        let Some([top, middle]) = ended else { return false };
         let explained = |files: &[_], full_before| {
-            hits(files, &[Fault::Eio, Fault::SyncFails]) > 0 || full(files) > full_before
+            hits(files, &[Fault::Eio, Fault::SyncFails, Fault::Short]) > 0 || full(files) > full_before
         };
         if let Err(error) = &middle {
             assert!(explained(&faults.below, full_before[1]), "closing the middle failed: {error}");
@@ -299,9 +330,9 @@ impl Run {
         match top {
             Ok(()) => shared.model.end_flush(now),
             Err(LayerError::Unsaved { ranges, cause }) => {
-                let away = faults.server.bad_answers() > bad_before || hits(&faults.below, &[Fault::Eio]) > 0;
+                let away = faults.server.bad_answers() > bad_before || hits(&faults.below, &OF_READS) > 0;
                 assert!(
-                    away || full(&faults.own) > full_before[0],
+                    away || faults.going || full(&faults.own) > full_before[0],
                     "closing lost {ranges:?}, and all was there: {cause}"
                 );
                 shared.model.end_close(now, &ranges);

@@ -88,10 +88,19 @@ pub enum Remote {
     Qcow2(Packing),
 }
 
+/// Of so many shapes, one has large clusters: they cost time.
+const BIG_ONE_OF: u32 = 32;
+/// Where they begin, bytes.
+const BIG_CLUSTER: u64 = 256 << 10;
+
 impl Shape {
     /// Draws one.
     pub fn draw(rng: &mut SmallRng, formats: Formats) -> Self {
-        let top = Layout::draw(rng, formats);
+        let mut top = Layout::draw(rng, formats);
+        let big = rng.random_range(0..BIG_ONE_OF) == 0 && top.packed == Packing::Plain && top.format != "raw";
+        if big {
+            top.cluster_size = *[BIG_CLUSTER, 1 << 20].choose(rng).expect("there are some");
+        }
         let cluster_size = top.cluster_size;
         let cell = match rng.random_range(0..16) {
             0 => 8,
@@ -99,8 +108,8 @@ impl Shape {
             _ => 512,
         };
         // A cell is an entry of the model: small ones only where there are few.
-        let bytes_max = cell * 6000;
-        let clusters = rng.random_range(1..40);
+        let bytes_max = cell * if big { 16_000 } else { 6000 };
+        let clusters = rng.random_range(1..if big { 12 } else { 40 });
         let size =
             (cluster_size * clusters).min(bytes_max).next_multiple_of(512) + 512 * rng.random_range(0..8);
         let backing_len = rng.random_range(1..=size * 5 / 4 / 512) * 512;
@@ -118,6 +127,11 @@ impl Shape {
         let backing_len = if remote == Remote::Nothing && middle.is_none() { 0 } else { backing_len };
         let pinned_late = rng.random_range(0..6) == 0 && middle.is_none() && remote != Remote::Nothing;
         Self { top, middle, remote, size, backing_len, cell, pinned_late }
+    }
+
+    /// Whether its clusters are larger than what is written in one piece.
+    pub fn is_big(&self) -> bool {
+        self.top.cluster_size >= BIG_CLUSTER
     }
 
     /// Whether the top has a backing.

@@ -6,6 +6,8 @@
 //!   whole sectors even of shorter writes.
 //! - A sync covers what had been done when it began. One that fails loses what it should have covered: a later sync
 //!   that succeeds does not bring it back (as the page cache of Linux does it), though reads still show it.
+//! - A write whose caller goes away before it is done is under way in the kernel all the same: it is done with one of the operations that
+//!   follow, at the latest with the next sync, or never, if the power goes before.
 //! - The same calls and seeds give the same bytes. Memory grows with the bytes written, not with their offsets.
 //!
 //! Not here: time. A caller that wants interleavings sets [`SimFile::set_yields`].
@@ -46,9 +48,14 @@ pub enum Fault {
     NoSpace,
     /// EIO; hits syncs, and what the sync should have covered is lost.
     SyncFails,
+    /// The file ends too early: hits reads, with what a driver of files gives that met the end.
+    Short,
 }
 
-const FAULTS: [Fault; 3] = [Fault::Eio, Fault::NoSpace, Fault::SyncFails];
+const FAULTS: [Fault; 4] = [Fault::Eio, Fault::NoSpace, Fault::SyncFails, Fault::Short];
+
+/// Of so many operations, one does what was left under way.
+const LEFT_ONE_OF: u32 = 4;
 
 /// How long a fault stays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +99,10 @@ struct Inner {
     faults: Vec<ArmedFault>,
     /// By fault.
     fault_hits: [u64; FAULTS.len()],
+    read_fault_hits: u64,
+    /// Writes whose callers went away: where, and what.
+    left: Vec<(u64, Bytes)>,
+    left_rng: SmallRng,
     op_count: u64,
     sync_count: u64,
 }
@@ -180,6 +191,9 @@ impl SimFile {
             stalls: None,
             faults: Vec::new(),
             fault_hits: [0; FAULTS.len()],
+            read_fault_hits: 0,
+            left: Vec::new(),
+            left_rng: SmallRng::seed_from_u64(0x1ef7),
             op_count: 0,
             sync_count: 0,
         };
@@ -274,6 +288,11 @@ impl SimFile {
         FAULTS.iter().zip(inner.fault_hits).find(|(of, _)| **of == fault).map_or(0, |(_, hits)| hits)
     }
 
+    /// How often a fault hit a read.
+    pub fn read_fault_hits(&self) -> u64 {
+        self.inner.lock().read_fault_hits
+    }
+
     /// Takes all faults away.
     pub fn heal(&self) {
         self.inner.lock().faults.clear();
@@ -318,6 +337,21 @@ impl SimFile {
         let result = work(&mut self.inner.lock());
         self.pause().await;
         result
+    }
+}
+
+/// A write that was begun. Dropped before it was done, it is left to the kernel.
+struct UnderWay<'a> {
+    file: &'a SimFile,
+    offset: u64,
+    data: Bytes,
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        if !self.data.is_empty() && checked_range(self.offset, self.data.len() as u64).is_ok() {
+            self.file.inner.lock().left.push((self.offset, std::mem::take(&mut self.data)));
+        }
     }
 }
 
@@ -384,8 +418,12 @@ impl Storage for SimFile {
 
     fn write(&self, offset: u64, data: Bytes) -> BoxFuture<'_, io::Result<()>> {
         Box::pin(async move {
+            let mut under_way = UnderWay { file: self, offset, data };
             self.stall().await;
-            self.run(move |inner| inner.write(offset, &data)).await
+            self.pause().await;
+            let written = self.inner.lock().write(offset, &std::mem::take(&mut under_way.data));
+            self.pause().await;
+            written
         })
     }
 
@@ -462,12 +500,17 @@ impl Inner {
     /// Counts an operation, and fails it if a fault hits.
     fn begin(&mut self, kind: OpKind) -> io::Result<()> {
         self.op_count += 1;
+        let done = |rng: &mut SmallRng| kind == OpKind::Sync || rng.random_range(0..LEFT_ONE_OF) == 0;
+        if !self.left.is_empty() && done(&mut self.left_rng) {
+            self.do_what_was_left();
+        }
         let mut hit = None;
         self.faults.retain_mut(|armed| {
             let can_hit = match armed.fault {
                 Fault::Eio => true,
                 Fault::NoSpace => kind == OpKind::TakesSpace,
                 Fault::SyncFails => kind == OpKind::Sync,
+                Fault::Short => kind == OpKind::Read,
             };
             if !can_hit || hit.is_some() {
                 return true;
@@ -482,8 +525,19 @@ impl Inner {
         let Some(fault) = hit else { return Ok(()) };
         let of = FAULTS.iter().zip(&mut self.fault_hits).find(|(of, _)| **of == fault);
         of.into_iter().for_each(|(_, hits)| *hits += 1);
-        let errno = if fault == Fault::NoSpace { libc::ENOSPC } else { libc::EIO };
-        Err(io::Error::from_raw_os_error(errno))
+        self.read_fault_hits += u64::from(kind == OpKind::Read);
+        Err(match fault {
+            Fault::NoSpace => io::Error::from_raw_os_error(libc::ENOSPC),
+            Fault::Short => io::Error::new(io::ErrorKind::UnexpectedEof, "the file ends too early"),
+            Fault::Eio | Fault::SyncFails => io::Error::from_raw_os_error(libc::EIO),
+        })
+    }
+
+    /// What the kernel still had in hand.
+    fn do_what_was_left(&mut self) {
+        for (offset, data) in std::mem::take(&mut self.left) {
+            self.put(offset, &data);
+        }
     }
 
     fn check_inside(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -506,14 +560,18 @@ impl Inner {
     fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.begin(OpKind::TakesSpace)?;
         let range = checked_range(offset, data.len() as u64)?;
-        if range.is_empty() {
-            return Ok(());
+        if !range.is_empty() {
+            self.put(offset, data);
         }
-        self.now.write(offset, data);
-        let end = range.end;
-        let piece = self.now.sectors_around(range);
-        self.log(vec![piece], Resize::AtLeast(end));
         Ok(())
+    }
+
+    /// Writes bytes that are inside of what a file can be.
+    fn put(&mut self, offset: u64, data: &[u8]) {
+        self.now.write(offset, data);
+        let end = offset + data.len() as u64;
+        let piece = self.now.sectors_around(offset..end);
+        self.log(vec![piece], Resize::AtLeast(end));
     }
 
     /// Zeroes a range. Its edges, where sectors are not covered whole, are logged as data.

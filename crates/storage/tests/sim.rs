@@ -293,6 +293,37 @@ fn no_space_hits_only_what_takes_space_and_until_healed() {
 }
 
 #[test]
+fn a_read_may_meet_the_end_too_early() {
+    let file = SimFile::from_bytes(&sectors("abcd"));
+    file.fail_nth(2, Fault::Short, Lasts::Once);
+    now(file.read(0, SECTOR)).expect("the first read is well");
+    write(&file, 0, sectors("x"));
+    let error = now(file.read(0, SECTOR)).expect_err("the second read is short");
+    assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    assert_eq!((file.fault_hits_of(Fault::Short), file.read_fault_hits()), (1, 1));
+    assert_eq!(now(file.read(0, SECTOR)).expect("it was one read"), sectors("x"));
+}
+
+#[test]
+fn a_write_whose_caller_goes_away_is_done_later() {
+    for seed in 0..20 {
+        let file = SimFile::from_bytes(&sectors("abcd"));
+        file.set_yields(seed, 8);
+        let data = Bytes::from(sectors("x"));
+        let mut left = file.write(0, data);
+        if left.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready()
+            || file.contents()[..SECTOR] == sectors("x")
+        {
+            continue;
+        }
+        drop(left);
+        assert_eq!(file.contents(), sectors("abcd"), "nobody waited, and nothing was done since");
+        sync(&file);
+        assert_eq!(file.contents(), sectors("xbcd"));
+    }
+}
+
+#[test]
 fn tebibytes_apart_takes_pages_only() {
     const TIB: u64 = 1 << 40;
     let file = SimFile::new();
