@@ -193,6 +193,25 @@ fn scripts(layout: &Layout) -> Vec<Script> {
             act: one(vec![Op::Write(0, 150), Op::Flush, Op::Write(300, 200), Op::Flush], Close::Yes),
             may_have: None,
         });
+    } else if layout.cluster_size <= 4096 {
+        // A table maps 512 clusters.
+        scripts.push(Script {
+            name: "a second table",
+            shape: shape(700),
+            before: vec![one(vec![Op::Write(0, cluster)], Close::Yes)],
+            act: one(
+                vec![
+                    Op::Read(511 * cluster, 2 * cluster),
+                    Op::Write(600 * cluster, cluster),
+                    Op::Flush,
+                    Op::Write(1, 1),
+                    Op::Write(513 * cluster, cluster),
+                    Op::Flush,
+                ],
+                Close::Yes,
+            ),
+            may_have: None,
+        });
     }
     if layout.snapshots {
         scripts.extend([
@@ -227,7 +246,7 @@ fn scripts(layout: &Layout) -> Vec<Script> {
 
 impl Script {
     fn run(&self) -> Counts {
-        let world = Arc::new(World::new(self.shape.clone(), None));
+        let world = Arc::new(World::new(self.shape.clone()));
         let disks = Disks::new(&self.shape);
         let exec = Exec::new(1);
         let stamps = {

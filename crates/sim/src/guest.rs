@@ -91,9 +91,9 @@ impl Faults {
         hits(&self.below, kinds) > 0
     }
 
-    /// Nothing went wrong so far, and there is memory for all.
-    pub fn none(&self) -> bool {
-        !self.scarce && !self.disk() && self.server.fault_hits() == 0
+    /// Nothing went wrong so far that asking again does not mend, and there is memory for all.
+    pub fn none_for_good(&self) -> bool {
+        !self.scarce && !self.disk() && self.server.hard_hits() == 0
     }
 
     /// The guests' image met a fault of its disk.
@@ -223,6 +223,7 @@ impl Guest {
     async fn abandon(&self, left: Left, first: u64, count: u64) {
         let (offset, len) = (first * self.cell, count * self.cell);
         let patience = self.rt.random();
+        let turns = (patience >> 8) % if patience.is_multiple_of(4) { TURNS_MAX } else { FEW_TURNS };
         match left {
             Left::Read => {
                 let read = self.disk.read(offset, len as usize);
@@ -230,18 +231,17 @@ impl Guest {
             }
             Left::Write => {
                 let (data, _) = self.begin_write(first, count);
-                for_turns(patience % TURNS_MAX, self.disk.write(offset, data)).await;
+                for_turns(turns, self.disk.write(offset, data)).await;
             }
             Left::Zero => {
                 self.shared.lock().model.begin_write(first, count, |_| stamp::ZERO);
-                for_turns(patience % TURNS_MAX, self.disk.write_zeroes(offset, len, ZeroMode::default()))
-                    .await;
+                for_turns(turns, self.disk.write_zeroes(offset, len, ZeroMode::default())).await;
             }
             Left::Trim => {
                 self.shared.lock().model.begin_write(first, count, |_| stamp::ZERO);
-                for_turns(patience % TURNS_MAX, self.disk.trim(offset, len)).await;
+                for_turns(turns, self.disk.trim(offset, len)).await;
             }
-            Left::Flush => for_turns(patience % TURNS_MAX, self.disk.flush()).await,
+            Left::Flush => for_turns(turns, self.disk.flush()).await,
         }
     }
 
@@ -333,8 +333,9 @@ impl Guest {
     }
 }
 
-/// Turns that a guest which goes away waits, at most.
-const TURNS_MAX: u64 = 6;
+/// Turns that a guest which goes away waits, at most; and mostly.
+const TURNS_MAX: u64 = 400;
+const FEW_TURNS: u64 = 6;
 
 /// Polls `work` so many times, and once more, and lets it go.
 async fn for_turns<T>(turns: u64, work: impl Future<Output = T>) {

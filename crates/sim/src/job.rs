@@ -12,7 +12,7 @@ use readonce_sim::{
     run::{Figures, Watch, run},
 };
 
-use crate::{Args, ids::Ids};
+use crate::{Args, QEMU_EVERY, ids::Ids};
 
 /// What a failed job ends with.
 const FAILED: i32 = 101;
@@ -39,7 +39,8 @@ pub struct Failure {
 pub fn parse_seeds(text: &str) -> Result<Seeds, String> {
     let (from, to) = text.split_once("..").ok_or("FROM..TO is wanted")?;
     let number = |word: &str| word.parse().map_err(|_| format!("'{word}' is no number"));
-    Ok(Seeds { from: number(from)?, to: number(to)? })
+    let seeds = Seeds { from: number(from)?, to: number(to)? };
+    if seeds.from < seeds.to { Ok(seeds) } else { Err("no seed lies in it: TO is left out".into()) }
 }
 
 /// The command that runs a seed again.
@@ -61,14 +62,14 @@ fn options(args: &Args) -> Vec<String> {
     if args.format != readonce_sim::shape::Formats::All {
         options.extend(["--format".into(), name(args.format.to_possible_value())]);
     }
-    if let Some(bug) = args.bug {
-        options.extend(["--bug".into(), name(bug.to_possible_value())]);
-    }
     if args.salt > 0 {
         options.extend(["--salt".into(), args.salt.to_string()]);
     }
     if args.without != Ids::default() {
         options.extend(["--without".into(), args.without.to_string()]);
+    }
+    if args.qemu_every != QEMU_EVERY {
+        options.extend(["--qemu-every".into(), args.qemu_every.to_string()]);
     }
     options
 }
@@ -77,7 +78,7 @@ fn options(args: &Args) -> Vec<String> {
 fn start(args: &Args, seeds: Seeds, step: u64) -> Child {
     let mut command = Command::new(std::env::current_exe().expect("this program is a file"));
     command.args(["--worker", "--seeds", &format!("{}..{}", seeds.from, seeds.to)]);
-    command.args(["--step", &step.to_string(), "--qemu-every", &args.qemu_every.to_string()]);
+    command.args(["--step", &step.to_string()]);
     if let Some(seconds) = args.seconds {
         command.args(["--seconds", &seconds.to_string()]);
     }
@@ -187,4 +188,40 @@ pub fn work(args: &Args, watch: Watch) -> ExitCode {
         "figures {runs} {ops} {crashes} {closes} {refusals} {cut_changes} {mended} {faults} {polls} {working} {whole}"
     );
     ExitCode::SUCCESS
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    fn args(words: &[&str]) -> Result<Args, clap::Error> {
+        Args::try_parse_from(["readonce-sim"].iter().chain(words))
+    }
+
+    #[test]
+    fn the_replay_line_says_all_that_makes_a_run() {
+        let of = |words: &[&str]| replay(&args(words).expect("good words"), 7);
+        let plain = "cargo run --release -p readonce-sim -- --seed 7";
+        assert_eq!(of(&["--jobs", "2", "--seconds", "3"]), plain);
+        assert_eq!(
+            of(&["--format", "qed", "--salt", "3", "--without", "1-4", "--qemu-every", "1"]),
+            format!("{plain} --format qed --salt 3 --without 1-4 --qemu-every 1")
+        );
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        for words in [
+            &["--seeds", "9..3"][..],
+            &["--seeds", "3..3"],
+            &["--seed", "1", "--seeds", "2..3"],
+            &["--jobs", "0"],
+            &["--exhaustive", "--seed", "3"],
+            &["--show"],
+        ] {
+            assert!(args(words).is_err(), "{words:?}");
+        }
+    }
 }

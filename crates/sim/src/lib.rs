@@ -3,7 +3,7 @@
 //! - `model`: what each cell may read as. `stamp`: bytes that say what they are.
 //! - `shape`, `plan`: what is drawn: images, requests, faults. `run`: doing it. `verdict`: what must be true afterwards.
 //! - `world`: the files and the chain, `places`: as `disk::chain` opens them. `remote`, `server`: what the origin holds, and HTTP without a network. `guest`: requests.
-//! - `damage`: images that something else broke. `bug`: bugs made by hand, which must be found.
+//! - `damage`: images that something else broke.
 //!
 //! Unchanged under it: `disk`, `format`, and `origin` down to its transport. Not here: threads (`disk/tests/schedules.rs`),
 //! real files, sockets and processes.
@@ -13,7 +13,6 @@
     reason = "it measures itself by the real clock, and decides nothing by it"
 )]
 
-pub mod bug;
 pub mod damage;
 pub mod exhaustive;
 pub mod guest;

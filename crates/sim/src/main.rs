@@ -18,7 +18,6 @@ use std::{process::ExitCode, time::Duration};
 
 use clap::Parser;
 use readonce_sim::{
-    bug::Bug,
     exhaustive,
     plan::Plan,
     run::{Figures, Watch},
@@ -28,12 +27,15 @@ use readonce_sim::{
 
 use crate::{ids::Ids, job::Seeds};
 
+/// What `--qemu-every` is where it is not said.
+const QEMU_EVERY: u32 = 200;
+
 /// Runs the engine from seeds, under every fault, against a flat model
 #[derive(Debug, Clone, Parser)]
 #[command(name = "readonce-sim")]
 struct Args {
     /// One seed
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", conflicts_with_all = ["seeds", "seconds"])]
     seed: Option<u64>,
     /// Seeds FROM to TO, without TO
     #[arg(long, value_name = "FROM..TO", value_parser = job::parse_seeds)]
@@ -42,16 +44,13 @@ struct Args {
     #[arg(long, value_name = "S")]
     seconds: Option<u64>,
     /// Processes
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     jobs: u64,
     /// Which formats are drawn
     #[arg(long, value_enum, default_value_t = Formats::All)]
     format: Formats,
-    /// A bug made by hand
-    #[arg(long, value_enum)]
-    bug: Option<Bug>,
     /// Of so many looks at an image, one asks qemu-img; 0: none
-    #[arg(long, value_name = "N", default_value_t = 200)]
+    #[arg(long, value_name = "N", default_value_t = QEMU_EVERY)]
     qemu_every: u32,
     /// Leaves elements of the plan out (`3,7-9`)
     #[arg(long, value_name = "IDS", default_value = "")]
@@ -59,14 +58,14 @@ struct Args {
     /// Draws another schedule and other crashes for the same plan
     #[arg(long, value_name = "N", default_value_t = 0)]
     salt: u64,
-    /// Prints the plan
-    #[arg(long)]
+    /// Prints the plan of the seed
+    #[arg(long, requires = "seed")]
     show: bool,
     /// A failing seed is not cut down
     #[arg(long)]
     no_shrink: bool,
     /// Every crash point of short scripts, and every subset of what was not synced up to a bound
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["seed", "seeds", "seconds", "without", "salt", "show", "jobs"])]
     exhaustive: bool,
     /// Runs the seeds in this process
     #[arg(long, hide = true)]
@@ -78,15 +77,15 @@ struct Args {
 
 fn main() -> ExitCode {
     let mut args = Args::parse();
-    if args.qemu_every > 0 && !verdict::qemu_is_there() {
-        eprintln!("qemu-img is not installed (Debian: qemu-utils); only readonce's own check is asked");
-        args.qemu_every = 0;
-    }
-    let watch = Watch { bug: args.bug, qemu_every: args.qemu_every };
     if args.exhaustive {
         exhaustive::all(args.format, |told| println!("{told}"));
         return ExitCode::SUCCESS;
     }
+    if args.qemu_every > 0 && !verdict::qemu_is_there() {
+        eprintln!("qemu-img is not installed (Debian: qemu-utils); only readonce's own check is asked");
+        args.qemu_every = 0;
+    }
+    let watch = Watch { qemu_every: args.qemu_every };
     if args.worker {
         return job::work(&args, watch);
     }

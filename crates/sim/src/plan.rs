@@ -359,8 +359,11 @@ impl Draw {
                 .map(|_| {
                     let mut fault = (self.rng.random_range(0..30), self.origin_fault());
                     if shape.pinned_late && matches!(fault.1, OriginFault::Changed(_)) {
-                        // Whatever is there first is the version.
-                        fault.1 = OriginFault::Reset;
+                        // Whatever is there first is the version: what answers the first request, if nothing keeps it from that.
+                        fault = match origin_faults {
+                            1 => (fault.0.max(1), fault.1),
+                            _ => (fault.0, OriginFault::Reset),
+                        };
                     }
                     self.numbered(fault)
                 })

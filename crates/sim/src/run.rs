@@ -27,7 +27,6 @@ use readonce_storage::{
 use readonce_testkit::exec::{Digest, Exec};
 
 use crate::{
-    bug::Bug,
     guest::{self, Faults, Guest, OF_READS, Shared, hits},
     model::{Ended, Model},
     plan::{Change, Changing, During, End, Op, Plan, Session, Which},
@@ -96,8 +95,6 @@ impl Figures {
 /// How a run is looked at.
 #[derive(Debug, Clone, Copy)]
 pub struct Watch {
-    /// A bug that it has.
-    pub bug: Option<Bug>,
     /// Of so many looks at the files, one asks QEMU; 0: none.
     pub qemu_every: u32,
 }
@@ -139,7 +136,7 @@ struct Run {
 /// When something is wrong.
 pub fn run(plan: &Plan, watch: Watch) -> Outcome {
     let start = Instant::now();
-    let world = Arc::new(World::new(plan.shape.clone(), watch.bug));
+    let world = Arc::new(World::new(plan.shape.clone()));
     let disks = Disks::new(&plan.shape);
     let exec = Exec::new(plan.seed);
     let stamps = {
@@ -246,8 +243,8 @@ impl Run {
             (Some(Ok(opened)), End::Close { healed }) => {
                 let before = locality::of(&exec, &opened.disk, self.world.shape.cell);
                 exec.run(self.guests(session, &exec, &opened, &faults));
-                if faults.none() {
-                    let after = locality::of(&exec, &opened.disk, self.world.shape.cell);
+                let after = locality::of(&exec, &opened.disk, self.world.shape.cell);
+                if faults.none_for_good() {
                     locality::judge(session, &self.world.shape, (&before, &after), server.sent_again());
                 }
                 if healed {

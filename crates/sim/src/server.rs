@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use readonce_origin::transport::{Body, Head, Request, Response, Transport, TransportError};
 use readonce_storage::{BoxFuture, Rt};
 
-use crate::{bug::Bug, plan::OriginFault};
+use crate::plan::OriginFault;
 
 /// A file at two versions; the second is what it changes to.
 #[derive(Debug, Clone)]
@@ -35,7 +35,6 @@ pub struct Server {
     /// Milliseconds before an answer, at most.
     delay_ms_max: u64,
     state: Mutex<State>,
-    bug: Option<Bug>,
 }
 
 #[derive(Default)]
@@ -44,8 +43,6 @@ struct State {
     faults: BTreeMap<u64, Vec<OriginFault>>,
     dead_until: u64,
     changed_until: u64,
-    /// Where bodies broke off.
-    cut_at: Vec<u64>,
     hits: u64,
     /// Answers that were not good.
     bad: u64,
@@ -87,8 +84,8 @@ enum BodyEnd {
 
 impl Server {
     /// A server of these files, by path.
-    pub fn new(rt: Rt, files: BTreeMap<String, Served>, delay_ms_max: u64, bug: Option<Bug>) -> Arc<Self> {
-        Arc::new(Self { rt, files, delay_ms_max, state: Mutex::default(), bug })
+    pub fn new(rt: Rt, files: BTreeMap<String, Served>, delay_ms_max: u64) -> Arc<Self> {
+        Arc::new(Self { rt, files, delay_ms_max, state: Mutex::default() })
     }
 
     /// Arms faults, counted from the next request.
@@ -177,10 +174,7 @@ impl Server {
     fn file(&self, request: &Request, fault: Option<OriginFault>, changed: bool) -> Response {
         let Some(served) = self.files.get(request.url.path()) else { return self.empty(404, None) };
         let all = if changed { &served.changed } else { &served.bytes };
-        let etag = match changed && self.bug != Some(Bug::VersionMixed) {
-            true => "\"changed\"",
-            false => "\"first\"",
-        };
+        let etag = if changed { "\"changed\"" } else { "\"first\"" };
         if request.headers.get(header::IF_MATCH).is_some_and(|wanted| wanted != etag) {
             return self.empty(412, None);
         }
@@ -201,16 +195,13 @@ impl Server {
         let mut bytes = all.slice(start as usize..end as usize);
         let part = |of: u8| (bytes.len() * usize::from(of)) >> 8;
         let mut state = self.state.lock();
-        let resumed = state.cut_at.contains(&start);
         let body_end = match fault {
             Some(OriginFault::Cut(of)) => {
                 bytes.truncate(part(of));
-                state.cut_at.push(start + bytes.len() as u64);
                 BodyEnd::Cut
             }
             Some(OriginFault::Truncate(of)) => {
                 bytes.truncate(part(of));
-                state.cut_at.push(start + bytes.len() as u64);
                 BodyEnd::Whole
             }
             Some(OriginFault::StallBody(of)) => {
@@ -238,12 +229,6 @@ impl Server {
             }
             _ => BodyEnd::Whole,
         };
-        if resumed && self.bug == Some(Bug::ResumeWrongOffset) {
-            // What a client that asks again from the wrong place would get.
-            let back = (start as usize).min(512);
-            let from = start as usize - back;
-            bytes = all.slice(from..from + bytes.len());
-        }
         if end - start > PROBE_BYTES {
             state.sends(request.url.path(), start..start + bytes.len() as u64);
         }

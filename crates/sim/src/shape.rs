@@ -109,7 +109,12 @@ impl Shape {
         };
         // A cell is an entry of the model: small ones only where there are few.
         let bytes_max = cell * if big { 16_000 } else { 6000 };
-        let clusters = rng.random_range(1..if big { 12 } else { 40 });
+        let clusters = match rng.random_range(0..8) {
+            _ if big => rng.random_range(1..12),
+            // More than a table maps: one of QED's has 512 entries at least.
+            0 => rng.random_range(500..700),
+            _ => rng.random_range(1..40),
+        };
         let size =
             (cluster_size * clusters).min(bytes_max).next_multiple_of(512) + 512 * rng.random_range(0..8);
         let backing_len = rng.random_range(1..=size * 5 / 4 / 512) * 512;

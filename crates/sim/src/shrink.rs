@@ -1,6 +1,6 @@
 //! Shrink: the shortest history that still fails.
 //!
-//! - Elements are left out in ever smaller pieces, as long as what is left fails at the same place; other schedules are tried too,
+//! - Elements are left out in ever smaller pieces, as long as what is left fails at the same place, with the same words; other schedules are tried too,
 //!   because fewer requests are another schedule anyway.
 //! - It ends after `SHRINK_TIME_MAX`; what it has then still fails.
 
@@ -25,7 +25,7 @@ const SALTS: u64 = 6;
 /// Cuts the plan of `seed` down, and prints what is left.
 pub fn shrink(args: &Args, failed: &Failure) {
     let seed = failed.seed;
-    let place = place(&failed.words);
+    let wrong = wrong(&failed.words);
     let start = Instant::now();
     let mut best =
         Args { seeds: Some(Seeds { from: seed, to: seed + 1 }), jobs: 1, seconds: None, ..args.clone() };
@@ -43,7 +43,7 @@ pub fn shrink(args: &Args, failed: &Failure) {
             let end = (at + piece).min(left.len());
             let mut without: BTreeSet<Id> = best.without.0.clone();
             without.extend(&left[at..end]);
-            match fails(&best, &Ids(without), place) {
+            match fails(&best, &Ids(without), &wrong) {
                 Some((tried, failure)) => {
                     best = tried;
                     words = failure.words;
@@ -84,17 +84,33 @@ pub fn shrink(args: &Args, failed: &Failure) {
     println!("replay: {}", job::replay(&best, seed));
 }
 
-/// Where the panic was: another place is another failure.
-fn place(words: &str) -> &str {
-    words.lines().find(|line| line.contains("panicked at")).unwrap_or("")
+/// Where the panic was, and what it says first, up to its numbers: other words are another failure.
+fn wrong(words: &str) -> String {
+    let mut lines = words.lines().skip_while(|line| !line.contains("panicked at"));
+    let place = lines.next().unwrap_or_default();
+    let says = lines.next().unwrap_or_default();
+    let says = says.split(|letter: char| letter.is_ascii_digit()).next().unwrap_or_default();
+    format!("{place} {says}")
 }
 
-fn fails(best: &Args, without: &Ids, at: &str) -> Option<(Args, Failure)> {
+fn fails(best: &Args, without: &Ids, like: &str) -> Option<(Args, Failure)> {
     // The schedule that failed last is the likeliest.
     let salts = std::iter::once(best.salt).chain((0..SALTS).filter(|salt| *salt != best.salt));
     salts.into_iter().find_map(|salt| {
         let tried = Args { without: without.clone(), salt, ..best.clone() };
-        let failure = job::all(&tried).err().filter(|failure| place(&failure.words) == at)?;
+        let failure = job::all(&tried).err().filter(|failure| wrong(&failure.words) == like)?;
         Some((tried, failure))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::wrong;
+
+    #[test]
+    fn another_cell_is_the_same_failure_and_another_promise_is_not() {
+        let of = |says: &str| wrong(&format!("\npanicked at crates/sim/src/model.rs:265:17:\n{says}"));
+        assert_eq!(of("read: cell 12 is 0x5"), of("read: cell 7 holds bytes of two writes"));
+        assert_ne!(of("read: cell 12 is 0x5"), of("after the crash: cell 12 is 0x5"));
+    }
 }

@@ -23,7 +23,6 @@ use readonce_testkit::exec::Exec;
 use url::Url;
 
 use crate::{
-    bug::{self, Bug},
     places::{self, Holders, Local, RunPlaces},
     plan::Which,
     remote::{self, Packing},
@@ -54,7 +53,6 @@ pub struct World {
     served: Served,
     /// The version that images pin.
     version: Version,
-    bug: Option<Bug>,
 }
 
 /// Images open for writing.
@@ -97,7 +95,7 @@ pub struct OpenAs {
 /// Who opens the images.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
-    /// This world, layer by layer, with bounds and bugs of its own.
+    /// This world, layer by layer, with bounds of its own.
     Hand,
     /// `disk::chain`, from the top's name on.
     Chain,
@@ -180,24 +178,24 @@ impl Disks {
 
 impl World {
     /// The world of a shape.
-    pub fn new(shape: Shape, bug: Option<Bug>) -> Self {
+    pub fn new(shape: Shape) -> Self {
         let file = |version| remote::file(shape.remote, version, shape.backing_len, shape.cell);
         let bytes = file(1);
-        let mut changed = if bug.is_some() || shape.remote == Remote::Raw { file(2) } else { Bytes::new() };
+        let mut changed = if shape.remote == Remote::Raw { file(2) } else { Bytes::new() };
         // Another version is as long: its length must not be what tells it.
         if changed.len() != bytes.len() {
             changed = bytes.iter().map(|byte| byte ^ 0xa5).collect();
         }
         let version =
             Version { validator: Validator::StrongETag("\"first\"".into()), len: bytes.len() as u64 };
-        Self { shape, served: Served { bytes, changed }, version, bug }
+        Self { shape, served: Served { bytes, changed }, version }
     }
 
     /// The server, with another state in each session.
     pub fn server(&self, rt: Rt, delay_ms_max: u64) -> Arc<Server> {
         let files: BTreeMap<_, _> =
             NAMES.iter().map(|name| ((*name).to_owned(), self.served.clone())).collect();
-        Server::new(rt, files, delay_ms_max, self.bug)
+        Server::new(rt, files, delay_ms_max)
     }
 
     /// Bytes of the remote file.
@@ -308,7 +306,7 @@ impl World {
         server: &Arc<Server>,
         how: OpenAs,
     ) -> Result<Opened, FormatError> {
-        if how.way == Way::Chain && self.bug.is_none() {
+        if how.way == Way::Chain {
             return self.open_chain(disks, exec, server, how.copy_on_read).await;
         }
         let mut middle = None;
@@ -433,10 +431,9 @@ impl World {
         exec: &Arc<Exec>,
         options: ImageOptions,
     ) -> Result<Arc<Image>, FormatError> {
-        let own = bug::storage(self.bug, own.clone());
-        let data = data.map(|data| bug::storage(self.bug, data.clone()));
+        let own: Arc<dyn Storage> = own.clone();
+        let data = data.map(|data| data.clone() as Arc<dyn Storage>);
         let mapper = layout.driver().open_writable(own.clone(), data.clone(), exec.rt()).await?;
-        let mapper = bug::mapper(self.bug, mapper);
         let files = ImageFiles { own: own.clone(), data: data.unwrap_or(own) };
         let image = Image::new(mapper, files, backing, exec.rt(), options);
         image.start_reclaim();

@@ -55,7 +55,7 @@ pub enum Fault {
 const FAULTS: [Fault; 4] = [Fault::Eio, Fault::NoSpace, Fault::SyncFails, Fault::Short];
 
 /// Of so many operations, one does what was left under way.
-const LEFT_ONE_OF: u32 = 4;
+const LEFT_ONE_OF: u32 = 16;
 
 /// How long a fault stays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

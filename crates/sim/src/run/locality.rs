@@ -1,4 +1,4 @@
-//! Locality: which cells the image holds itself, before a session and after one in which nothing went wrong (I4).
+//! Locality: which cells the image holds itself, before a session and after one in which nothing went wrong for good (I4).
 //!
 //! - What was read or asked for lies in an image that fills, and no byte came twice.
 //! - An image that does not fill holds no more than what was written to it, and the rest of those clusters.
@@ -13,8 +13,8 @@ use crate::{
     shape::{Remote, Shape},
 };
 
-/// Longer than what fills an image goes on after the read that asked for it.
-const STORED_WITHIN: Duration = Duration::from_secs(60);
+/// Longer than what fills an image goes on after the read that asked for it, with all its retries.
+const STORED_WITHIN: Duration = Duration::from_secs(3600);
 
 /// Of each cell, whether the top holds it, or nothing does: whether it needs no backing.
 pub(super) fn of(exec: &Arc<Exec>, disk: &Arc<Disk>, cell: u64) -> Option<Vec<bool>> {
@@ -37,7 +37,7 @@ pub(super) fn of(exec: &Arc<Exec>, disk: &Arc<Disk>, cell: u64) -> Option<Vec<bo
     })
 }
 
-/// Holds a session without faults against what it did.
+/// Holds a session without faults of disks, and of the origin none that last, against what it did.
 ///
 /// # Panics
 /// When something came twice, was not kept, or was kept though nobody wanted that.
