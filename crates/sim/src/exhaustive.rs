@@ -16,7 +16,10 @@ use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use readonce_disk::ZeroMode;
 use readonce_format::driver::{Repair, SnapshotChange};
-use readonce_storage::sim::{Fault, Lasts};
+use readonce_storage::{
+    ReadAt,
+    sim::{Fault, Lasts},
+};
 use readonce_testkit::exec::{Digest, Exec};
 
 use crate::{
@@ -53,6 +56,8 @@ struct Script {
     name: &'static str,
     shape: Shape,
     before: Vec<Act>,
+    /// And a power loss after which clusters leak.
+    leaky: bool,
     act: Act,
     /// The guests see this many cells afterwards.
     may_have: Option<u64>,
@@ -124,7 +129,8 @@ fn scripts(layout: &Layout) -> Vec<Script> {
         cell,
         pinned_late: false,
     };
-    let script = |name, before, act| Script { name, shape: shape(12), before, act, may_have: None };
+    let script =
+        |name, before, act| Script { name, shape: shape(12), before, leaky: false, act, may_have: None };
     let one = |ops: Vec<Op>, close| Act::Guests(vec![ops], close);
     let filled = || one(vec![Op::Write(cluster, cluster), Op::Write(3 * cluster, 2 * cluster)], Close::Yes);
     let left_open = || {
@@ -140,6 +146,7 @@ fn scripts(layout: &Layout) -> Vec<Script> {
             vec![],
             one(vec![Op::Read(0, 1), Op::Pause(600), Op::Read(0, cluster)], Close::Yes),
         ),
+        script("last fill", vec![filled()], one(vec![Op::Read(0, 12 * cluster), Op::Pause(600)], Close::Yes)),
         script(
             "group commit",
             vec![],
@@ -182,6 +189,7 @@ fn scripts(layout: &Layout) -> Vec<Script> {
         name: "growth",
         shape: shape(12),
         before: vec![filled()],
+        leaky: false,
         act: Act::Change(Wanted::Size(size)),
         may_have: Some(size / cell),
     });
@@ -190,6 +198,7 @@ fn scripts(layout: &Layout) -> Vec<Script> {
             name: "growth of tables",
             shape: shape(700),
             before: vec![],
+            leaky: false,
             act: one(vec![Op::Write(0, 150), Op::Flush, Op::Write(300, 200), Op::Flush], Close::Yes),
             may_have: None,
         });
@@ -199,6 +208,7 @@ fn scripts(layout: &Layout) -> Vec<Script> {
             name: "a second table",
             shape: shape(700),
             before: vec![one(vec![Op::Write(0, cluster)], Close::Yes)],
+            leaky: false,
             act: one(
                 vec![
                     Op::Read(511 * cluster, 2 * cluster),
@@ -212,6 +222,11 @@ fn scripts(layout: &Layout) -> Vec<Script> {
             ),
             may_have: None,
         });
+    }
+    if !layout.lazy {
+        // Refcounts that are not written leak nothing.
+        let repair = Act::Change(Wanted::Repair(Repair::All));
+        scripts.push(Script { leaky: true, ..script("repair of leaks", vec![filled()], repair) });
     }
     if layout.snapshots {
         scripts.extend([
@@ -265,6 +280,12 @@ impl Script {
             let mut counts = Counts::default();
             model = look(&world, &disks, &model, None, Flags::Right, &mut counts);
         }
+        if self.leaky {
+            let half = self.shape.size / self.shape.cell / 2;
+            let guests = Act::Guests(vec![vec![Op::Write(0, half), Op::Flush]], Close::No);
+            (disks, model) = leaking(&world, &disks, &model, &guests);
+            model = look(&world, &disks, &model, None, Flags::Right, &mut Counts::default());
+        }
         let cut_snapshot = matches!(self.act, Act::Change(Wanted::Snapshot(_)));
         let flags = if cut_snapshot && self.shape.top.is_version_2() { Flags::MayLag } else { Flags::Right };
         let mut counts = Counts::default();
@@ -297,6 +318,26 @@ fn subsets(count: usize, seed: u64) -> BTreeSet<BTreeSet<usize>> {
     let without = (0..count).map(|lost| (0..count).filter(|index| *index != lost).collect());
     let drawn: Vec<_> = (0..DRAWN).map(|_| (0..count).filter(|_| rng.random()).collect()).collect();
     prefixes.chain(only).chain(without).chain(drawn).collect()
+}
+
+/// What the first power loss left after which clusters leak.
+fn leaking(world: &Arc<World>, disks: &Disks, model: &Model, act: &Act) -> (Disks, Model) {
+    for point in 1.. {
+        let disks = disks.map(|file| file.crash_with(|_| true));
+        disks.top.fail_nth(point, Fault::Eio, Lasts::ForGood);
+        let model = perform(world, &disks, model.clone(), act, None);
+        assert!(disks.top.fault_hits() > 0, "no power loss leaves leaks");
+        let disks = disks.map(|file| file.crash_with(|_| true));
+        let (top, driver) = (disks.top.clone(), world.shape.top.driver());
+        let report = Exec::new(point).run(async move {
+            let file: Arc<dyn ReadAt> = top;
+            driver.check(&file).await.expect("it can be read")
+        });
+        if report.leaks > 0 {
+            return (disks, model);
+        }
+    }
+    unreachable!("a script ends")
 }
 
 /// Does it until it ends or the machine dies; returns what must be there then.
