@@ -76,9 +76,11 @@ impl Args {
         places.extend(sandbox::of_system());
         places.extend(self.socket.as_deref().map(|path| Place::new(folder_of(path), May::KeepSocket)));
         places.extend(self.export.pid_file.as_deref().map(|path| Place::new(folder_of(path), May::Remove)));
-        // Not among the line's arguments: they are put together for a listener alone.
         let in_force = sandbox::enter(&places);
-        tracing::info!("sandbox: {in_force}");
+        match in_force.all {
+            true => tracing::info!("sandbox: {}", in_force.words),
+            false => tracing::warn!("the sandbox is not whole: {}", in_force.words),
+        }
         Ok(())
     }
 }

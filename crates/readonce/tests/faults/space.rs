@@ -6,7 +6,7 @@ use readonce_testkit::guest::Part;
 
 use crate::{
     common::{KEEPERS, folder},
-    disk::skip,
+    disk::without_root,
     server::{LoadSpec, Server, WORKERS, image_over, is_clean, load, origin_and_guest},
 };
 
@@ -33,7 +33,7 @@ impl Tmpfs {
         if mounted == 0 {
             return Some(Self(target));
         }
-        skip(&format!("mounting a tmpfs: {}", std::io::Error::last_os_error()));
+        without_root(&format!("mounting a tmpfs: {}", std::io::Error::last_os_error()));
         None
     }
 }
