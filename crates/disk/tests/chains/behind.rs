@@ -1,14 +1,25 @@
 //! The origin is asked behind an image that knows its version: what is local waits for no answer. Every origin here holds its answers
 //! back until the test lets them go.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    io,
+    path::Path,
+    sync::{Arc, mpsc},
+    time::Duration,
+};
 
-use readonce_disk::chain::ChainOptions;
+use parking_lot::Mutex;
+use readonce_disk::chain::{ChainOptions, Lockable, Opener, Places};
+use readonce_origin::{FetchError, Locator, Origin, OriginOptions};
+use readonce_storage::{BoxFuture, OpenMode, Rt};
 use readonce_testkit::{Content, Fault, FaultyOrigin, When};
 use tokio::sync::Semaphore;
 
-use super::place::{
-    CLUSTER, LONG, Opened, Place, Spec, above, asked, clusters, content, filled_from, options, serve,
+use super::{
+    place::{
+        CLUSTER, LONG, Opened, Place, Spec, above, asked, clusters, content, filled_from, options, serve,
+    },
+    qemu,
 };
 
 const SIZE: u64 = 8 * CLUSTER;
@@ -122,4 +133,65 @@ async fn a_close_ends_the_probe() {
     while origin.in_flight() > 0 {
         tokio::task::yield_now().await;
     }
+}
+
+/// This machine, but for an origin that never answers, and a data file that is seen to be missing once the origin is being asked.
+struct Missing {
+    asks: mpsc::Sender<()>,
+    asked: Mutex<mpsc::Receiver<()>>,
+    /// Asking goes no further until the other end is gone.
+    gate: Mutex<mpsc::Receiver<()>>,
+}
+
+impl Opener for Missing {
+    fn file(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn Lockable>> {
+        if path.ends_with("data.raw") {
+            self.asked.lock().recv_timeout(HANGS).expect("the origin is asked behind the image");
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        Places::default().file(path, mode)
+    }
+
+    fn origin<'a>(
+        &'a self,
+        _: &'a Locator,
+        _: &'a OriginOptions,
+        _: &'a Rt,
+    ) -> BoxFuture<'a, Result<Arc<dyn Origin>, FetchError>> {
+        self.asks.send(()).expect("both ends are here");
+        let _ = self.gate.lock().recv();
+        Box::pin(std::future::pending())
+    }
+}
+
+/// Whoever put the data file back and tried again in the same process was told for 20 s and more that the image is in use.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_open_that_fails_gives_its_lock_back_while_the_origin_is_asked() {
+    let place = Place::new();
+    let origin = serve(&content(1, SIZE)).await;
+    let (url, size) = (origin.url(), SIZE.to_string());
+    let data = format!("data_file={}", place.path("data.raw").display());
+    let create =
+        ["create", "-q", "-u", "-f", "qcow2", "-b", &url, "-F", "raw", "-o", &data, "top.qcow2", &size];
+    qemu::img(place.folder(), &create);
+    place.open("top.qcow2", options()).await.close().await;
+
+    let (asks, asked) = mpsc::channel();
+    let (release, gate) = mpsc::channel::<()>();
+    let missing = Arc::new(Missing { asks, asked: Mutex::new(asked), gate: Mutex::new(gate) });
+    let places = Places::new(missing.clone());
+    let error = place.try_open("top.qcow2", ChainOptions { places, ..patient() }).await;
+    let error = error.map(|_| ()).expect_err("its data file is missing").to_string();
+    assert!(error.contains("data.raw"), "{error}");
+    // The origin is still being asked: another user does not wait for that.
+    let again = place.try_open("top.qcow2", options()).await;
+    drop(release);
+    again.unwrap_or_else(|error| panic!("{error}")).close().await;
+    // And nothing stays of it.
+    let gone = async {
+        while Arc::strong_count(&missing) > 1 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(HANGS, gone).await.expect("it asks no further");
 }
