@@ -4,7 +4,8 @@
 //! - `fills`: one operation, the image before and after it, and what the origin was asked. `shapes`: chains of every shape
 //!   against the model. `turns`: QEMU and readonce use one image in turn.
 //! - `versions`, `away`, `behind`, `wrong`: the backing changes, cannot be reached, has not answered yet, answers wrong. `policy`: what is not opened.
-//! - `lower`: what is special below the top. `locks`, `mounts`: other users of the image, and file systems that are full or read-only.
+//! - `lower`: what is special below the top. `edges`: versions and backings that nobody can have.
+//! - `locks`, `mounts`: other users of the image, and file systems that are full or read-only.
 //! - `far_data`: the data file of an image that lies behind a URL.
 //! - `qcow2`: what only qcow2 has: compressed clusters, data files, snapshots, marks.
 //!
@@ -14,6 +15,7 @@
 
 mod away;
 mod behind;
+mod edges;
 mod far_data;
 mod fills;
 mod locks;
