@@ -1,6 +1,10 @@
 //! World: the files of a run, and how they are made and opened, as `readonce` opens a chain.
 //!
-//! Not here: what is done with them (`run`), what must be true of them (`verdict`).
+//! Not here: one image by itself (`layout`), images that are changed while closed (`change`), what is done with them (`run`), what must be
+//! true of them (`verdict`).
+
+mod change;
+mod layout;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -12,15 +16,15 @@ use readonce_disk::{
     pieces::Pieces,
 };
 use readonce_format::{
-    Driver, FormatError,
-    driver::{
-        BackingRef, CreateSpec, Description, Detail, HeaderChange, Pin, Repair, SnapshotChange, driver,
-    },
+    FormatError,
+    driver::{BackingRef, HeaderChange, Pin},
 };
 use readonce_origin::{HttpOrigin, Origin, OriginOptions, Reach, Validator, Version};
 use readonce_storage::{ReadAt, Rt, SimFile, Storage, runtime::timeout};
 use readonce_testkit::exec::Exec;
 use url::Url;
+
+pub use self::change::Wanted;
 
 use crate::{
     places::{self, Holders, Local, RunPlaces},
@@ -532,143 +536,4 @@ async fn open_remote(
     let driver = driver_of(&*own, format).await.map_err(LayerError::NoBacking)?;
     let mapper = driver.open(own.clone()).await?;
     Ok(Arc::new(Base::new(mapper, BaseFiles { own, data: origin }, None, &rt)))
-}
-
-impl Layout {
-    /// Its driver.
-    pub fn driver(&self) -> &'static dyn Driver {
-        driver(self.format).expect("a known format")
-    }
-
-    /// Version 2 of qcow2 cannot say that only we wrote.
-    fn is_pinned_for_good(&self) -> bool {
-        !self.is_version_2()
-    }
-
-    /// qcow2 of the old kind: without a dirty bit.
-    pub fn is_version_2(&self) -> bool {
-        self.option("compat").is_some()
-    }
-
-    /// What an image says of itself is what it was made with.
-    ///
-    /// # Panics
-    /// Where it is not.
-    pub fn is_described(&self, description: &Description) {
-        assert_eq!((description.format, description.cluster_size), (self.format, Some(self.cluster_size)));
-        assert_eq!(description.data_file.is_some(), self.data_file);
-        let raw = description.data_file.as_ref().is_some_and(|data| data.raw);
-        assert_eq!(raw, self.option("data_file_raw").is_some());
-        if self.format != "qcow2" {
-            return;
-        }
-        let zstd = self.packed == Packing::Zstd || self.option("compression_type").is_some();
-        let bits = self.option("refcount_bits").map_or(16, |bits| bits.parse().expect("a number"));
-        let flag = |name| Detail::Flag(self.option(name).is_some());
-        let mut wanted = vec![
-            ("compat", Detail::Text(if self.is_version_2() { "0.10" } else { "1.1" }.into())),
-            ("compression-type", Detail::Text(if zstd { "zstd" } else { "zlib" }.into())),
-            ("refcount-bits", Detail::Number(bits)),
-        ];
-        if !self.is_version_2() {
-            wanted.push(("lazy-refcounts", flag("lazy_refcounts")));
-            wanted.push(("extended-l2", flag("extended_l2")));
-            wanted.push(("corrupt", Detail::Flag(false)));
-        }
-        for fact in wanted {
-            assert!(description.details.contains(&fact), "{fact:?}: {:?}", description.details);
-        }
-    }
-
-    /// What the image in `file` says of itself.
-    ///
-    /// # Errors
-    /// Of the format.
-    pub async fn describe(&self, file: &Arc<dyn Storage>) -> Result<Description, FormatError> {
-        let readable: Arc<dyn ReadAt> = file.clone();
-        self.driver().describe(&readable).await
-    }
-
-    async fn create(
-        &self,
-        file: &Arc<dyn Storage>,
-        data: Option<&Arc<dyn Storage>>,
-        size: u64,
-        (backing, pin): (Option<BackingRef>, Option<Pin>),
-    ) {
-        let mut options: Vec<_> =
-            self.options.iter().map(|(name, value)| ((*name).to_owned(), Some(value.clone()))).collect();
-        // There is nothing to copy.
-        options.retain(|(name, _)| name != "copy_on_read" || backing.is_some());
-        if self.format != "raw" {
-            options.push(("cluster_size".into(), Some(self.cluster_size.to_string())));
-        }
-        let data_file = data.map(|_| places::DATA.to_owned());
-        let spec = CreateSpec { size, backing, options, pin, data_file };
-        self.driver().create(file, data, &spec).await.expect("the image is made");
-    }
-}
-
-/// A change of the closed images.
-#[derive(Debug, Clone)]
-pub enum Wanted {
-    /// The top grows to so many bytes.
-    Size(u64),
-    /// The remote backing gets its nth name.
-    Name(usize),
-    /// The top is repaired: all of it, or its leaks.
-    Repair(Repair),
-    /// What the top says of copy-on-read.
-    CopyOnRead(bool),
-    /// The top's snapshots change.
-    Snapshot(SnapshotChange),
-}
-
-impl World {
-    /// Changes the closed images.
-    ///
-    /// # Errors
-    /// Of the format.
-    pub async fn change(&self, disks: &Disks, wanted: &Wanted) -> Result<(), FormatError> {
-        let file: Arc<dyn Storage> = disks.top.clone();
-        let driver = self.shape.top.driver();
-        match wanted {
-            Wanted::Size(size) => {
-                self.mend_if_dirty(&file).await?;
-                driver.change(&file, &HeaderChange::Size(*size)).await
-            }
-            Wanted::Name(name) => {
-                let change = HeaderChange::Backing(self.backing_ref(*name), Some(self.pin()));
-                match (&self.shape.middle, &disks.middle) {
-                    (Some(middle), Some(file)) => {
-                        let file: Arc<dyn Storage> = file.clone();
-                        middle.layout.driver().change(&file, &change).await
-                    }
-                    _ => driver.change(&file, &change).await,
-                }
-            }
-            Wanted::CopyOnRead(on) => driver.change(&file, &HeaderChange::CopyOnRead(*on)).await,
-            Wanted::Repair(repair) => {
-                let report = driver.repair(&file, *repair).await?;
-                match report.check_errors + report.corruptions {
-                    0 => Ok(()),
-                    // Leaks alone are freed where nothing else is wrong: the refcounts of a crash may be.
-                    _ if *repair == Repair::Leaks => Ok(()),
-                    _ => Err(FormatError::Io(std::io::Error::other(format!("after a repair: {report:?}")))),
-                }
-            }
-            Wanted::Snapshot(change) => {
-                self.mend_if_dirty(&file).await?;
-                driver.snapshot(&file, change).await
-            }
-        }
-    }
-
-    /// What is refused on an image with a dirty mark is done after a repair.
-    async fn mend_if_dirty(&self, file: &Arc<dyn Storage>) -> Result<(), FormatError> {
-        if self.shape.top.describe(file).await?.dirty {
-            self.shape.top.driver().repair(file, Repair::All).await?;
-        }
-        Ok(())
-    }
 }
