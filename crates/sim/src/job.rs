@@ -218,6 +218,8 @@ mod tests {
             &["--seeds", "3..3"],
             &["--seed", "1", "--seeds", "2..3"],
             &["--jobs", "0"],
+            &["--seconds", "0"],
+            &["--format", "vmdk"],
             &["--exhaustive", "--seed", "3"],
             &["--show"],
         ] {

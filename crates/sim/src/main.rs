@@ -41,7 +41,7 @@ struct Args {
     #[arg(long, value_name = "FROM..TO", value_parser = job::parse_seeds)]
     seeds: Option<Seeds>,
     /// Seeds from --seeds or 0 on, for so long
-    #[arg(long, value_name = "S")]
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
     seconds: Option<u64>,
     /// Processes
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]

@@ -3,7 +3,9 @@
 //! Not here: each single refusal, which the unit tests of `sandbox` show; and that serving works in it, which all tests of `serve`
 //! show.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path};
+
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
 use crate::common::{Ran, Serving, folder, qemu_img, qemu_io, readonce};
 
@@ -81,5 +83,42 @@ fn every_thread_is_inside() {
         assert!(threads.len() > 1, "{threads:?}");
         assert!(threads.iter().all(|thread| *thread == wanted), "{threads:?}");
         assert_eq!(serving.end_by(libc::SIGTERM).code, Some(0));
+    }
+}
+
+/// What is started in `work` finds a kernel without Landlock.
+fn without_landlock<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    let none = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
+    let arch = std::env::consts::ARCH.try_into().expect("seccomp is there");
+    let calls = BTreeMap::from([(libc::SYS_landlock_create_ruleset, Vec::new())]);
+    let filter = SeccompFilter::new(calls, SeccompAction::Allow, none, arch).expect("a filter");
+    let program: BpfProgram = filter.try_into().expect("a program");
+    // It is of one thread and what that starts.
+    let thread = || {
+        seccompiler::apply_filter(&program).expect("seccomp is there");
+        work()
+    };
+    std::thread::scope(|scope| scope.spawn(thread).join().expect("it ran"))
+}
+
+/// Whoever relied on the sandbox on such a kernel was told of it with `-v` alone.
+#[test]
+fn a_sandbox_that_is_not_whole_is_warned_of() {
+    let folder = folder();
+    let at = folder.path();
+    readonce(at, &["create", "-q", "-f", "qcow2", "a.img", "64M"]).ok();
+    let told = |arguments: &[&str]| {
+        let serving = Serving::start(at, &[&["-k", "s", "a.img"], arguments].concat());
+        let ended = serving.end_by(libc::SIGTERM);
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        ended.err
+    };
+    let part =
+        "the sandbox is not whole: no new privileges; paths NOT limited: this kernel has no Landlock; ";
+    let without = without_landlock(|| told(&[]));
+    assert!(without.contains("WARN") && without.contains(part), "{without}");
+    assert!(without.contains("system calls refused by seccomp"), "{without}");
+    for arguments in [&[][..], &["--no-sandbox"]] {
+        assert!(!told(arguments).contains("sandbox"), "{arguments:?}: nothing is missing that was asked for");
     }
 }

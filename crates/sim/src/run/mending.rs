@@ -40,6 +40,9 @@ const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// Repairs that are cut off, at most, before one is let alone.
 const CUT_OFF_MAX: u32 = 2;
 
+/// Bytes by which a repaired image may grow, to be used any further.
+const GROWN_MAX: u64 = 64 << 20;
+
 impl Run {
     /// Damages the top and repairs it. What cannot be repaired is as if it had not happened.
     pub(super) fn damage(&mut self, seed: u64, fault: Option<&DiskFault>) {
@@ -104,7 +107,10 @@ impl Run {
         self.flags = Flags::MayLag;
         self.leaky = true;
         let forgotten = self.forget_snapshots(&mut rng);
-        if forgotten == Done::Refused || self.write_anew(&good, &mut rng) == Done::Refused {
+        let written = forgotten == Done::All && self.write_anew(&good, &mut rng) == Done::All;
+        // Sparse, behind refcounts that damage put far away: nobody could hold it in memory.
+        let far = self.disks.top.len().saturating_sub(len) > GROWN_MAX;
+        if !written || far {
             (self.disks, self.snapshots, self.flags, self.leaky) = sound;
             return;
         }
