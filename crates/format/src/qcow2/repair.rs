@@ -6,6 +6,7 @@
 //! - `All` mends entries (`mend`), raises what is too low and writes anew what is broken (`recount`), then flags, then lowers.
 //! - A cluster that two entries show is copied for one of them; where that would be too much, both keep it with a refcount of 2, and
 //!   either gets its own copy when it is written.
+//! - Refcounts behind the end of the file are lowered too, though no check tells of them.
 //! - Power loss at any moment leaves an image that can be repaired again, without loss of what could be kept before.
 //!
 //! Not here: what is wrong (`check`).
@@ -16,6 +17,7 @@ use readonce_storage::Storage;
 
 use super::{
     check::count,
+    chunks::read_padded,
     flags::{Change, set_flags},
     header::{
         AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, AUTOCLEAR_ONLY_READONCE, Header, INCOMPATIBLE_CORRUPT,
@@ -23,12 +25,14 @@ use super::{
     },
     mend::mend,
     recount::Recount,
-    scan::{Nobody, Scanned, references},
+    refcount::TABLE_OFFSET_MASK,
+    scan::{Nobody, Scanned, refcounts, references},
 };
 use crate::{
     Finding, FormatError,
     driver::{CheckReport, Repair},
     finding::Tell,
+    number::index,
 };
 
 /// Repairs the image; tells what was wrong, and the report tells the state after it.
@@ -48,7 +52,10 @@ pub(super) async fn repair(
         tell(Finding::NotWrittenYet);
         return Ok(before);
     }
-    let wrong = before.corruptions > 0 || before.leaks > 0 || before.check_errors > 0;
+    let wrong = before.corruptions > 0
+        || before.leaks > 0
+        || before.check_errors > 0
+        || counts_behind(file, &header, &scanned).await?;
     let mut after = before;
     if wrong {
         drop((scanned, compared));
@@ -71,6 +78,26 @@ pub(super) async fn repair(
     after.corruptions_fixed = before.corruptions.saturating_sub(after.corruptions);
     after.leaks_fixed = before.leaks.saturating_sub(after.leaks);
     Ok(after)
+}
+
+/// Whether a refcount counts a cluster behind all that is used: a repair may have been cut off between raising and lowering. No check
+/// tells of these, as QEMU's does not, but an image that is open for writing grows behind them.
+async fn counts_behind(
+    file: &Arc<dyn Storage>,
+    header: &Header,
+    scanned: &Scanned,
+) -> Result<bool, FormatError> {
+    let refcounts = refcounts(&header.layout);
+    let first = refcounts.table_index(scanned.end());
+    let blocks = (0..).zip(scanned.table.iter().map(|raw| raw & TABLE_OFFSET_MASK)).skip(index(first));
+    for (number, offset) in blocks.filter(|&(_, offset)| offset > 0) {
+        let block = read_padded(file.as_ref(), offset, refcounts.cluster_size()).await?;
+        let from = if number == first { refcounts.block_index(scanned.end()) } else { 0 };
+        if (from..refcounts.per_block()).any(|at| refcounts.refcount(&block, at) > 0) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Makes the refcounts and the COPIED flags of an image right whose refcounts were not written before a crash (the dirty bit), and

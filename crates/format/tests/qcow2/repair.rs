@@ -282,6 +282,23 @@ fn leaked_clusters_at_the_end_are_cut_off() {
 }
 
 #[test]
+fn a_refcount_behind_the_end_that_no_check_tells_of_goes() {
+    // What a repair that was cut off after it raised refcounts may leave: the image would grow behind it, sparse.
+    let folder = Folder::new();
+    let good = plain_image(&folder, "");
+    for what in [Repair::Leaks, Repair::All] {
+        let mut bytes = good.clone();
+        let last = bytes.block(0) + 4096 - 8;
+        bytes.put64(last, 1);
+        let file = bytes.file();
+        assert_eq!(block_on(check(&file)).leaks, 0);
+        let report = block_on(repair(&file, what));
+        assert_eq!((report.leaks_fixed, report.corruptions, report.leaks), (0, 0, 0));
+        assert!(file.contents() == good.0, "{what:?}");
+    }
+}
+
+#[test]
 fn more_blocks_than_the_table_has_room_for() {
     // The image is full, and its refcounts are lost.
     let folder = Folder::new();
