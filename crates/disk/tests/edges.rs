@@ -8,6 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    task::{Context, Waker},
     time::Duration,
 };
 
@@ -19,7 +20,7 @@ use readonce_disk::{
 use readonce_origin::{Class, Sink};
 use readonce_storage::{
     BoxFuture, SimFile, Storage,
-    sim::{Fault, Lasts},
+    sim::{Fault, Lasts, NowCalls},
 };
 use support::{
     exec::Exec,
@@ -472,4 +473,42 @@ fn those_who_open_a_backing_at_the_same_time_share_a_failure() {
         assert!(lazy.source().await.is_err());
         assert!(clock.now() > took, "a later caller tries again");
     });
+}
+
+/// A write in place whose caller went away is in the kernel until a sync has passed: before that, nothing of another's may lie there.
+#[test]
+fn a_write_that_was_given_up_does_not_land_on_what_is_written_there_next() {
+    for_kinds(&[QCOW2], |kind| {
+        let world = World::new(Kind { cluster_size: CLUSTER, ..kind }, 13, SIZE);
+        let (file, rt) = (Arc::clone(&world.file), world.exec.rt());
+        world.run(|image| async move {
+            let whole = |byte| Bytes::from(vec![byte; CLUSTER as usize]);
+            image.write(0, whole(1)).await.expect("room");
+            image.flush().await.expect("durable");
+            let there = place_of(&file, 1);
+            file.set_now_calls(NowCalls::Refuse);
+            file.set_stalls(1, 1, 1 << 20);
+            let mut given_up = Box::pin(image.write(0, Bytes::from(vec![2; 4096])));
+            let begun = given_up.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+            assert!(begun.is_pending(), "the disk takes its time");
+            file.set_stalls(1, 1, 0);
+            image.trim(0, CLUSTER).await.expect("nothing is left there");
+            image.flush().await.expect("durable");
+            // Not there while somebody still writes.
+            image.write(CLUSTER, whole(3)).await.expect("room");
+            assert_ne!(place_of(&file, 3), there);
+            drop(given_up);
+            rt.sleep(Duration::from_secs(1)).await;
+            image.write(2 * CLUSTER, whole(4)).await.expect("room");
+            assert_eq!(place_of(&file, 4), there, "what was unlinked is used again");
+            image.flush().await.expect("durable");
+            assert!(image.read(2 * CLUSTER, CLUSTER as usize).await.expect("local") == whole(4));
+        });
+    });
+}
+
+/// The number of the file's cluster that holds this byte throughout.
+fn place_of(file: &SimFile, byte: u8) -> Option<usize> {
+    let bytes = file.contents();
+    bytes.chunks(CLUSTER as usize).position(|cluster| cluster.iter().all(|&at| at == byte))
 }
