@@ -107,6 +107,15 @@ pub enum Finding {
         /// How often it is referred to.
         counted: u64,
     },
+    /// An L2 table that is used for something else too, which its refcount counts.
+    TableShared {
+        /// Byte offset.
+        offset: u64,
+        /// How often it is referred to as a table.
+        tables: u64,
+        /// How often it is referred to.
+        counted: u64,
+    },
     /// The entry of an internal snapshot lacks what version 3 asks for.
     SnapshotIncomplete(u64),
     /// The L1 table of an internal snapshot cannot be where its entry says.
@@ -227,6 +236,10 @@ impl Display for Finding {
             Self::BlockShared { index, counted } => {
                 write!(f, "ERROR refcount block {index} refcount={counted}")
             }
+            Self::TableShared { offset, tables, counted } => write!(
+                f,
+                "ERROR l2_offset={offset:x}: Table is something else too: of {counted} references {tables} name a table"
+            ),
             Self::SnapshotIncomplete(index) => write!(f, "ERROR snapshot table entry {index} is incomplete"),
             Self::SnapshotTable { id, name, offset } => write!(
                 f,

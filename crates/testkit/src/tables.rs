@@ -12,7 +12,7 @@ const OTHERS_MAX: usize = 4;
 /// Tables of one level, at most.
 const TABLES_MAX: usize = 8;
 /// Where the offset stands in an entry of qcow2; those of QED have no bits elsewhere.
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// A format with tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,6 +2,7 @@
 //!
 //! - A corruption is an entry that holds what may not be there, a refcount that is too low, or a COPIED flag that says other
 //!   than the stored refcount. A leak is a refcount that is too high. Each is told as it is met.
+//! - Beyond QEMU's terms: an L2 table that is something else too is a corruption where its refcount counts both.
 //! - Memory beyond that of `scan`: the clusters whose refcount is wrong, at most [`WRONG_MAX`] of them; more are looked up in
 //!   the file again.
 //!
@@ -54,6 +55,7 @@ pub(super) async fn count(
     let scanned = scan(file, header, &mut Teller(tell)).await?;
     let compared = compare(file, header, &scanned, tell).await?;
     let mut stored = Stored::new(file, header, &scanned, &compared);
+    let shared = shared_tables(&mut stored, &scanned, tell).await;
     let mut flags = 0;
     let wrong = |finding, times| {
         tell(finding);
@@ -62,7 +64,7 @@ pub(super) async fn count(
     let unread = copied_flags(header, &mut stored, &scanned, wrong).await?;
     let report = CheckReport {
         check_errors: (scanned.check_errors + compared.unreadable).max(unread),
-        corruptions: scanned.corruptions.saturating_add(compared.too_low + flags),
+        corruptions: scanned.corruptions.saturating_add(compared.too_low + flags + shared),
         leaks: compared.too_high,
         corruptions_fixed: 0,
         leaks_fixed: 0,
@@ -73,6 +75,23 @@ pub(super) async fn count(
         image_end_offset: Some((compared.last + 1) * header.layout.cluster_size()),
     };
     Ok((report, scanned, compared))
+}
+
+/// Counts the L2 tables that are used for something else too, where the refcount says as much: QEMU's check finds nothing wrong there,
+/// and a write into one of the two changes the other.
+async fn shared_tables(stored: &mut Stored<'_>, scanned: &Scanned, tell: Tell<'_>) -> u64 {
+    let mut shared = 0;
+    for (&offset, named) in &scanned.tables {
+        let cluster = scanned.cluster(offset);
+        let (tables, counted) = (named.total, scanned.counts.count(cluster));
+        let unaligned = cluster * stored.refcounts.cluster_size() != offset;
+        // What is unaligned, or has another refcount, is told already.
+        if counted > tables && !unaligned && stored.refcount(cluster).await == Some(counted) {
+            tell(Finding::TableShared { offset, tables, counted });
+            shared += 1;
+        }
+    }
+    shared
 }
 
 /// How the stored refcounts differ from the references.

@@ -89,6 +89,28 @@ fn a_snapshot_whose_l1_table_would_be_an_l2_table_is_dropped() {
 }
 
 #[test]
+fn an_l1_table_that_would_be_a_snapshots_l2_table_is_told_though_the_refcount_counts_both() {
+    // Found by fuzzing: nothing was told, and what the guest wrote then became an entry of the snapshot.
+    let good = image("cluster_size=1k", 0, false);
+    let file = good.file();
+    block_on(async {
+        write(&file, good.cluster(), 5..6).await;
+        let storage: Arc<dyn Storage> = file.clone();
+        let change = SnapshotChange::Create { name: "s".into(), date_sec: 1, date_nsec: 2 };
+        qcow2().snapshot(&storage, &change).await.unwrap();
+    });
+    let mut bytes = Bytes(file.contents());
+    bytes.put64(40, bytes.l2(0));
+    let file = bytes.file();
+    assert_eq!(block_on(check(&file)).corruptions, 1);
+    let report = block_on(repair_all(&file));
+    assert_eq!((report.corruptions, report.leaks, report.corruptions_fixed), (0, 0, 1));
+    block_on(write(&file, good.cluster(), 7..8));
+    let report = block_on(check(&file));
+    assert_eq!((report.corruptions, report.leaks), (0, 0), "written");
+}
+
+#[test]
 fn a_snapshot_whose_l1_table_would_be_data_leaves_the_data() {
     // It would have cost the cluster: its bytes were mended as L1 entries.
     let good = image("cluster_size=1k", 40, true);

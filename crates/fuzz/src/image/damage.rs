@@ -2,7 +2,7 @@
 //!
 //! - Values are near what could be there, or far from it.
 
-use readonce_testkit::tables::{Format, Tables};
+use readonce_testkit::tables::{Format, OFFSET, Tables};
 
 use super::make::Made;
 use crate::draw::Draw;
@@ -45,6 +45,14 @@ fn fields(format: Format) -> Vec<(u64, usize)> {
 fn set(words: &mut Tables<'_>, at: u64, len: usize, value: u64) {
     tell!("{len} bytes at {at:#x} become {value:#x}");
     words.set(at, len, value);
+}
+
+/// Whether a cluster of a qcow2 image's L1 table is one of its L2 tables too.
+pub(crate) fn l1_is_l2(made: &mut Made) -> bool {
+    let words = Tables { bytes: &mut made.file, format: Format::Qcow2 };
+    let (start, len) = (words.get(40, 8), words.get(36, 4) * 8);
+    let end = start.saturating_add(len).min(words.bytes.len() as u64);
+    (start..end).step_by(8).any(|at| (start..end).contains(&(words.get(at, 8) & OFFSET)))
 }
 
 /// Damages the image's file. Returns the bytes of a hole behind it.
