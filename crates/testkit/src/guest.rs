@@ -78,11 +78,11 @@ pub struct Tally {
     pub flushes: u64,
     /// Reads with an error.
     pub reads_failed: u64,
-    /// Writes with an error that is not "no space".
+    /// Writes without FUA, with an error that is not "no space".
     pub writes_failed: u64,
     /// Writes without space.
     pub writes_no_space: u64,
-    /// Flushes with an error.
+    /// Flushes with an error, and writes with FUA, which hold one: of these nobody knows which part failed.
     pub flushes_failed: u64,
     /// Whether the server went away.
     pub is_cut: bool,
@@ -257,6 +257,7 @@ impl Guest {
         match answer {
             Answer::Given(()) => tally.writes += 1,
             Answer::Refused(errno) if errno == NO_SPACE => tally.writes_no_space += 1,
+            Answer::Refused(_) if flags & command_flag::FUA != 0 => tally.flushes_failed += 1,
             Answer::Refused(_) => tally.writes_failed += 1,
             Answer::Gone => tally.is_cut = true,
         }
