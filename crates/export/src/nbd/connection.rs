@@ -5,6 +5,7 @@
 //! - What cannot be done inline becomes a task (`job`). At most `IN_FLIGHT_MAX` of them and `IN_FLIGHT_BYTES_MAX`, data not yet
 //!   sent included; beyond that, and while all connections together hold what they may (`pool`), nothing is read from the socket, so
 //!   the client feels it.
+//! - A client that goes away while nothing is read from it is missed within `LOOK_EVERY`.
 //! - Requests are taken in order, replies go out as they come. A batch is bounded, so completions get out in between.
 //! - An error answers its request. Only broken framing ends the connection.
 //!
@@ -15,6 +16,7 @@
 use std::{
     future::{Future, poll_fn},
     io,
+    os::fd::AsFd,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -22,10 +24,11 @@ use std::{
 };
 
 use readonce_disk::BlockDevice;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     task::AbortHandle,
-    time::Sleep,
+    time::{Instant, Sleep},
 };
 use tokio_util::task::TaskTracker;
 
@@ -53,6 +56,8 @@ const BATCH_REQUESTS_MAX: usize = 64;
 const DISCARD_LEN_MAX: u64 = 64 << 20;
 /// Failures of one client that are told, each once while it repeats itself.
 const TOLD_MAX: u32 = 32;
+/// How often a client that nothing is read from, and nothing is sent to, is looked for.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Bytes of payload of a block status request: more than all contexts need.
 const STATUS_PAYLOAD_LEN_MAX: u64 = 8 + 4 * 64;
 
@@ -104,6 +109,8 @@ pub(super) struct Connection<S> {
     /// Nothing more is read; why.
     closing: Option<End>,
     drain: Option<Pin<Box<Sleep>>>,
+    /// Until the client is looked for again.
+    look: Option<Pin<Box<Sleep>>>,
     scratch: Vec<Completion>,
     /// Whether it stood back once for its tasks, and now goes on.
     gathering: bool,
@@ -130,7 +137,7 @@ enum Step {
     Close(End),
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
+impl<S: AsyncRead + AsyncWrite + AsFd + Unpin> Connection<S> {
     pub fn new(stream: S, inbox: Inbox, setup: Setup) -> Self {
         Self {
             stream,
@@ -142,6 +149,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             discard: None,
             closing: None,
             drain: None,
+            look: None,
             scratch: Vec::new(),
             gathering: false,
             told: (0, String::new()),
@@ -180,14 +188,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 Step::Need(_) if self.setup.mailbox.is_stopping() => self.closing = Some(End::Stopped),
                 Step::Need(want) => match self.inbox.poll_fill(cx, &mut self.stream, want) {
                     Poll::Ready(Ok(0)) => {
-                        // Nobody waits for them any more; an origin that is away would hold them for long.
-                        self.jobs.abort();
-                        self.closing = Some(End::Closed);
+                        self.client_gone();
                     }
                     Poll::Ready(Ok(_)) => continue,
                     Poll::Ready(Err(error)) => return Poll::Ready(error.into()),
                     Poll::Pending => is_reading = true,
                 },
+            }
+            if full.is_some() && self.poll_look(cx).is_ready() {
+                self.client_gone();
             }
             if let Poll::Ready(end) = self.poll_drain(cx) {
                 return Poll::Ready(end);
@@ -200,6 +209,26 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 return Poll::Pending;
             }
         }
+    }
+
+    fn client_gone(&mut self) {
+        // Nobody waits for them any more; an origin that is away would hold them for long.
+        self.jobs.abort();
+        self.closing = Some(End::Closed);
+    }
+
+    /// Ready once the client is seen to have closed the connection. For a connection that is not read, so that the end of its
+    /// stream, which may lie behind many requests, is not met.
+    fn poll_look(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let look = self.look.get_or_insert_with(|| Box::pin(tokio::time::sleep(LOOK_EVERY)));
+        while look.as_mut().poll(cx).is_ready() {
+            let mut stream = [PollFd::new(&self.stream, PollFlags::RDHUP)];
+            if poll(&mut stream, Some(&Timespec::default())).is_ok_and(|found| found > 0) {
+                return Poll::Ready(());
+            }
+            look.as_mut().reset(Instant::now() + LOOK_EVERY);
+        }
+        Poll::Pending
     }
 
     /// Where nothing more is read: ready once every request is answered, or after too long.

@@ -11,6 +11,7 @@
 use std::{
     collections::BTreeMap,
     io,
+    os::fd::AsFd,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -190,7 +191,7 @@ impl Server {
 
     fn start<S>(&self, stream: S, peer: String, place: tokio::sync::OwnedSemaphorePermit)
     where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        S: AsyncRead + AsyncWrite + AsFd + Unpin + Send + 'static,
     {
         let id = self.0.accepted.fetch_add(1, Ordering::Relaxed);
         let mailbox = Arc::new(Mailbox::default());
@@ -254,7 +255,7 @@ fn is_gone(error: &io::Error) -> bool {
 
 async fn serve_one<S>(shared: &Arc<Shared>, mut stream: S, mailbox: Arc<Mailbox>)
 where
-    S: AsyncRead + AsyncWrite + Unpin,
+    S: AsyncRead + AsyncWrite + AsFd + Unpin,
 {
     let mut inbox = Inbox::new();
     let export = Export {

@@ -3,7 +3,7 @@
 use std::{os::unix::fs::PermissionsExt, sync::Arc, time::Duration};
 
 use readonce_export::nbd::{BindError, Listener, Server, ServerOptions};
-use readonce_testkit::nbd_client::{ConnectOptions, Headers, NbdClient, NbdError, lean};
+use readonce_testkit::nbd_client::{ConnectOptions, Headers, NbdClient, NbdError, RawRequest, command, lean};
 use tokio::io::AsyncWriteExt;
 
 use crate::{
@@ -54,6 +54,53 @@ async fn a_client_that_vanishes_takes_its_reads_along_and_not_its_writes() {
     until("the write is done", || rig.device.gauge.now() == 0).await;
     until("the connection is gone", || rig.server.connections() == 0).await;
     assert_eq!(rig.device.contents()[..4096], [1; 4096]);
+}
+
+/// A connection that may hold no more reads no more from its socket, so that it does not meet the end of the stream there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_vanishes_is_missed_while_it_may_hold_no_more() {
+    const LEN: usize = 1 << 20;
+    let options = ServerOptions {
+        shutdown_timeout: Duration::from_secs(3600),
+        held_bytes_max: 32 * LEN,
+        ..ServerOptions::default()
+    };
+    let rig = Rig::with(MemDevice::new(LEN).waiting(), options);
+    rig.device.hold();
+    // One that may have no more requests in flight.
+    let tcp = Listener::tcp(None, 0).await.unwrap();
+    let Listener::Tcp(port) = &tcp else { unreachable!("it was made so") };
+    let address = port.local_addr().unwrap();
+    let serving = rig.server.clone();
+    tokio::spawn(async move { serving.serve(tcp).await });
+    let over_tcp = NbdClient::connect_tcp(address, &ConnectOptions::default()).await.unwrap();
+    for (client, others) in [(rig.client(Headers::Simple).await, 1), (over_tcp, 0)] {
+        send_reads(&client, 300, 512).await;
+        until("it has its number", || rig.device.gauge.now() == 128).await;
+        client.abandon().await;
+        until("it is missed", || rig.server.connections() == others).await;
+        until("its reads are gone", || rig.device.gauge.now() == 0).await;
+    }
+    // Those for which the others leave no room.
+    let other = rig.client(Headers::Simple).await;
+    send_reads(&other, 32, LEN).await;
+    until("it has all the room", || rig.device.gauge.now() == 32).await;
+    for headers in HEADERS {
+        let client = rig.client(headers).await;
+        send_reads(&client, 4, LEN).await;
+        client.abandon().await;
+    }
+    until("they are missed", || rig.server.connections() == 1).await;
+    assert_eq!(rig.device.gauge.now(), 32, "the one that is there still waits");
+    rig.is_well().await;
+}
+
+async fn send_reads(client: &NbdClient, count: usize, len: usize) {
+    let len = len as u64;
+    for _ in 0..count {
+        let request = RawRequest { command: command::READ, len, ..RawRequest::default() };
+        client.send(request).await.unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
